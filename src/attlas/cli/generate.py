@@ -1,0 +1,187 @@
+"""`attlas generate`: continue prompts with a local model, or with random weights to see a mechanism run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attlas.cli.options import from_dataclass
+from attlas.cli.output import note, write_json
+from attlas.cli.parse import settings
+from attlas.errors import AttlasError, OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    from attlas.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue, with which model, and how.
+
+    prompts      texts to continue; with --ids token ids such as 1,15043,29892
+    model        a folder with config.json, *.safetensors and tokenizer.json, or a .gguf file (llama family). Without it the
+                 model is small, has random weights and reads bytes
+    tokenizer    a tokenizer.json, where the model's folder has none (GGUF)
+    ids          prompts are token ids, and so is the answer
+    mechanism    which mechanism mixes tokens in a random model
+    option       option of that mechanism, such as window=16
+    layers       layers of a random model
+    new_tokens   how many tokens to add at most
+    temperature  0 takes the most likely token; above 0 samples
+    top_k        sample among this many most likely tokens
+    top_p        sample among the most likely tokens that hold this probability
+    seed         of the sampling and of random weights
+    """
+
+    prompts: tuple[str, ...] = field(default=(), metadata={"argument": True})
+    model: Path | None = None
+    tokenizer: Path | None = None
+    ids: bool = False
+    mechanism: str = "causal"
+    option: tuple[str, ...] = field(default=(), metadata={"whole": True, "flag": "--set"})
+    layers: int = 2
+    new_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+class Codec(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Bytes:
+    """UTF-8 bytes as token ids."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class Numbers:
+    """Token ids as the text that the user typed and reads."""
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [int(part) for part in text.split(",")]
+        except ValueError:
+            raise OptionError(f"--ids: {text!r} is not a list of token ids such as 1,2,3") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ",".join(map(str, ids))
+
+
+class Pieces:
+    """A tokenizer.json."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every unreadable file
+            raise AttlasError(f"cannot read the tokenizer {path}: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids)))
+
+
+def build() -> Callable[..., None]:
+    return from_dataclass(lambda: Request, answer)()
+
+
+def random_model(request: Request) -> tuple[Transformer, bool]:
+    """A byte-level decoder of the asked mechanism, and whether the mechanism has a cache."""
+    from attlas.catalogue.index import card
+    from attlas.models.config import language_model
+    from attlas.models.transformer import Transformer
+
+    known = card(request.mechanism)
+    if "causal" not in known.supports:
+        raise UnsupportedError(f"{known.name} is not causal: its outputs depend on later tokens, so it cannot generate")
+    options = {**known.example, **settings(request.option)}
+    dim, heads = options.pop("dim", 64), options.pop("num_heads", 4)
+    config = language_model(256, dim, request.layers, heads, mixers=((known.name, options),))
+    return Transformer(config, seed=request.seed), "decode" in known.supports
+
+
+def local_model(path: Path) -> Transformer:
+    if path.suffix == ".gguf":
+        from attlas.models.gguf import from_gguf
+
+        return from_gguf(path)
+    from attlas.models.weights import from_pretrained
+
+    return from_pretrained(path)
+
+
+def ends(path: Path | None) -> list[int]:
+    """The token ids at which the model says it stops, where its config.json names them."""
+    config = path / "config.json" if path is not None else None
+    if config is None or not config.is_file():
+        return []
+    found = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+    return [] if found is None else found if isinstance(found, list) else [found]
+
+
+def codec(request: Request) -> Codec:
+    if request.ids:
+        return Numbers()
+    if request.tokenizer is not None:
+        return Pieces(request.tokenizer)
+    if request.model is None:
+        return Bytes()
+    beside = request.model / "tokenizer.json"
+    if beside.is_file():
+        return Pieces(beside)
+    raise OptionError(f"{request.model} brings no tokenizer.json: name one with --tokenizer, or give token ids with --ids")
+
+
+def answer(request: Request, as_json: bool) -> None:
+    if not request.prompts:
+        raise OptionError("give at least one prompt: attlas generate 'Once upon a time'")
+    if request.model is not None and (request.option or request.mechanism != "causal"):
+        raise OptionError("--mechanism and --set describe a random model; --model brings its own mechanisms")
+    from attlas.models.generate import generate
+
+    speech = codec(request)
+    prompts = [speech.encode(text) for text in request.prompts]
+    model, cached = random_model(request) if request.model is None else (local_model(request.model), True)
+    vocabulary = model.config.vocab_size
+    if wrong := [i for ids in prompts for i in ids if not 0 <= i < vocabulary]:
+        raise OptionError(f"token ids {wrong[:5]} are outside the model's vocabulary of {vocabulary}")
+    new = generate(
+        model,
+        prompts,
+        request.new_tokens,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        seed=request.seed,
+        eos=ends(request.model),
+        use_cache=cached,
+    )
+    results: list[dict[str, Any]] = [
+        {"prompt": text, "prompt_ids": ids, "text": speech.decode(added), "ids": added}
+        for text, ids, added in zip(request.prompts, prompts, new, strict=True)
+    ]
+    if as_json:
+        write_json(results)
+    else:
+        if request.model is None:
+            note("The weights are random, so the text is noise. A real model: --model FOLDER or --model FILE.gguf")
+        for found in results:
+            print(found["prompt"] + ("," if request.ids else "") + found["text"])

@@ -1,0 +1,100 @@
+"""`attlas compare` and `attlas bench`: the lab's options as options of the command line. The lab is loaded when one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attlas.lab.options import CompareOptions
+    from attlas.lab.results import Results
+
+
+def compare() -> Callable[..., None]:
+    """Train, time and measure mechanisms side by side on this machine, and write tables, plots and a report.
+
+    Results go to attlas-results/; a comparison that is interrupted goes on where it stopped when it is started again.
+
+    Examples:
+
+        attlas compare
+
+        attlas compare causal sliding-window:window=64 linear-transformer --minutes 10
+
+        attlas compare causal multi-query --stages speed,cache --lengths 512,1024,2048 --json
+    """
+    from attlas.cli.options import from_dataclass
+    from attlas.lab.options import CompareOptions
+
+    return from_dataclass(lambda: CompareOptions, run_compare)()
+
+
+def run_compare(options: CompareOptions, as_json: bool) -> None:
+    import typer
+
+    from attlas.cli.output import note, write_json
+    from attlas.lab.compare import run
+
+    results = run(options)
+    if as_json:
+        write_json(results.to_dict())
+    else:
+        summarise(results)
+    for stage, what, why in results.failures():
+        note(f"{stage}: {what}: {why}")
+    if results.red():
+        raise typer.Exit(1)
+
+
+# Column of the summary -> (field of the results' rows, how it is written).
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "parameters": ("parameters", lambda n: f"{n:,.0f}"),
+    "bits/byte": ("bits_per_byte", lambda x: f"{x:.3f}"),
+    "recall": ("recall", lambda x: f"{100 * x:.1f} %"),
+    "at length": ("length", lambda n: f"{n:,.0f}"),
+    "prefill ms": ("prefill_seconds", lambda s: f"{1e3 * s:.2f}"),
+    "x causal": ("prefill_to_causal", lambda x: f"{x:.2f}"),
+    "train ms": ("train_seconds", lambda s: f"{1e3 * s:.2f}"),
+    "decode ms": ("decode_seconds", lambda s: f"{1e3 * s:.3f}"),
+    "cache KiB": ("cache_bytes", lambda n: f"{n / 1024:,.1f}"),
+}
+
+
+def summarise(results: Results) -> None:
+    """One row a mechanism with what was measured, and where the rest lies."""
+    from attlas.cli.output import show, table
+
+    rows = results.rows()
+    columns = [title for title, (field, _) in COLUMNS.items() if any(row[field] is not None for row in rows)]
+    cells = [[cell(row, title) for title in columns] for row in rows]
+    show(table(("mechanism", *columns, "status"), [(r["mechanism"], *c, r["status"]) for r, c in zip(rows, cells, strict=True)]))
+    print(f"\nreport: {results.report}\ndata:   {results.folder / 'results.json'}, {results.folder / 'results.csv'}")
+
+
+def cell(row: dict[str, Any], title: str) -> str:
+    field, written = COLUMNS[title]
+    return "-" if row[field] is None else written(row[field])
+
+
+def bench_masks() -> Callable[..., None]:
+    """Time the compilation of masks to block maps, and count what they allow.
+
+    Examples:
+
+        attlas bench masks
+
+        attlas bench masks --json
+    """
+    raise AssertionError
+
+
+def bench_attention() -> Callable[..., None]:
+    """Time the implementations of attention against named peers and against the machine's own limits.
+
+    Examples:
+
+        attlas bench attention
+
+        attlas bench attention --json
+    """
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""Leaf launchers: no validation, no dispatch; siblings never import each other."""

@@ -1,0 +1,1 @@
+"""Foreign implementations: unit and layout conversion happens here only."""

@@ -1,0 +1,60 @@
+"""torch's scaled_dot_product_attention, where it computes exactly what is asked.
+
+SDPA's causal mask compares array indices ("start" alignment), and its kernels multiply masked weights of 0 by masked values: a
+NaN there reaches rows that do not see it, forwards through v and backwards through k. Such calls are refused.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attlas.kernels.reach import allows_all
+from attlas.masks.expr import Mask
+from attlas.masks.geometry import Grid
+from attlas.masks.leaves import Causal
+
+SHORT = 192  # on the CPU torch's kernel runs at about half the GEMM rate: it wins only where a call's fixed costs dominate
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, grid: Grid, needs_grad: bool) -> str | None:
+    """Why SDPA cannot run the call exactly, None = it can."""
+    kind = _kind(mask, grid)
+    if kind is None:
+        return f"it can only do no mask and Causal() where the first query and the first key stand at one position, not {mask!r}"
+    if kind == "causal" and not q.is_meta:
+        checked = (k, v) if needs_grad else (v,)
+        if not all(bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) for x in checked):
+            return "k or v holds NaN or inf, which it lets through to rows that do not see them"
+    return None
+
+
+def slower_here(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why a later implementation is faster on this device, None = none is."""
+    if q.device.type == "cpu" and q.shape[-3] * k.shape[-3] > SHORT * SHORT:
+        return f"on the CPU block-wise code is faster beyond about {SHORT} x {SHORT} pairs"
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, grid: Grid, scale: float) -> Tensor:
+    """q [B, Tq, H, D], k [B, Tk, Hkv, D], v [B, Tk, Hkv, Dv] -> [B, Tq, H, Dv]; the caller has asked `unsupported`."""
+    if k.shape[1] == 0 or q.numel() == 0:  # the sum ties the zeros to the graph, so that gradients are zeros and not missing
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0.0 * (q.sum() + k.sum() + v.sum())
+    heads_first = [x.transpose(1, 2) if x.stride(-1) == 1 else x.contiguous().transpose(1, 2) for x in (q, k, v)]
+    causal = _kind(mask, grid) == "causal"
+    grouped = q.shape[2] != k.shape[2]
+    return F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+def _kind(mask: Mask | None, grid: Grid) -> str | None:
+    """ "full", "causal" (row i sees columns 0 ... i), or None for anything else."""
+    if grid.packed:
+        return None
+    if mask is None or grid.q.span is None or grid.k.span is None or allows_all(mask, grid.q.span, grid.k.span):
+        return "full"
+    if not isinstance(mask, Causal) or len(grid.q.segments) > 1 or len(grid.k.segments) > 1:
+        return None
+    first_q, first_k = grid.q.segments[0], grid.k.segments[0]
+    same = first_q.position == first_k.position if mask.align == "end" else first_q.index == first_k.index
+    return "causal" if same else None

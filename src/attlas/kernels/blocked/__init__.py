@@ -1,0 +1,1 @@
+"""Block-wise torch code: correct everywhere, no compiler needed."""

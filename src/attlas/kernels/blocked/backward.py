@@ -1,0 +1,133 @@
+"""Gradients of attention by recomputing each slab's weights from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
+
+    P = exp(S - lse)    D = rowsum(dO * O) - dlse    dV = P^T dO    dS = P * (dO V^T - D)    dQ = scale dS K    dK = scale dS^T Q
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attlas.kernels.blocked.block_scores import LOG2E, BlockScores, Buffer
+from attlas.kernels.blocked.careful import masked_product
+from attlas.kernels.blocked.chunks import Chunk, Shape, chunks
+from attlas.kernels.blocked.layout import Layout, Row, Slab
+from attlas.masks.geometry import Grid
+from attlas.scores import ScoreMod
+
+
+class Backward:
+    """One backward pass. out, lse are the forward's; grad_out, grad_lse may be None (zero)."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, shape: Shape, scale: float):
+        self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse.unsqueeze(-1)
+        self.shape, self.scale = shape, scale
+        self.scores, self.spare, self.weights = (Buffer(q, shape.dtype) for _ in range(3))
+
+    def run(
+        self,
+        layout: Layout,
+        mod: ScoreMod | None,
+        grid: Grid,
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        *,
+        mod_wanted: tuple[bool, ...],
+        careful: bool,
+    ) -> None:
+        """Leaves dq, dk, dv, mod_sums and delta [B, Tq, H, 1] on self."""
+        dtype = self.shape.dtype
+        self.grad_out, self.grad_lse = grad_out, None if grad_lse is None else grad_lse.unsqueeze(-1)
+        self.dq = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        self.dk = torch.zeros(self.k.shape, dtype=dtype, device=self.k.device)
+        self.dv = torch.zeros(self.v.shape, dtype=dtype, device=self.v.device)
+        self.delta = torch.empty_like(self.lse)
+        tensors = () if mod is None else mod.tensors()
+        self.mod_sums: list[Tensor | None] = [
+            torch.zeros(t.shape, dtype=dtype, device=t.device) if wanted else None
+            for t, wanted in zip(tensors, mod_wanted, strict=True)
+        ]
+        self.score = BlockScores(layout, mod, grid, dtype, careful)
+        for chunk in chunks(self.shape, layout):
+            self.score.start_chunk(chunk, self.shape.heads)
+            keys, values = chunk.keys(self.k, dtype), chunk.keys(self.v, dtype)
+            for row in layout.rows(chunk.map_b, chunk.map_h, isolate=careful):
+                self._row(chunk, row, keys, values)
+
+    def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
+        dtype, q0, q1 = self.shape.dtype, row.q0, row.q1
+        scaled = chunk.load(self.q, q0, q1, dtype).mul_(self.scale)
+        queries = scaled if self.score.query_factor == 1.0 else scaled * self.score.query_factor
+        lse = chunk.load(self.lse, q0, q1, dtype).mul_(LOG2E)
+        lse.masked_fill_(lse == -torch.inf, 0.0)  # rows without keys: exp2(-inf - 0) is the 0 that is wanted
+        if self.grad_out is None:
+            grad = torch.zeros(chunk.units, queries.shape[1], self.v.shape[-1], dtype=dtype, device=queries.device)
+            delta = torch.zeros_like(lse)
+        else:
+            grad = chunk.load(self.grad_out, q0, q1, dtype)
+            delta = chunk.load(self.out, q0, q1, dtype).mul_(grad).sum(-1, keepdim=True)
+        if self.grad_lse is not None:
+            delta -= chunk.load(self.grad_lse, q0, q1, dtype)
+        chunk.store(self.delta, q0, q1, delta)
+        dq: Tensor | None = None
+        for slab in row.slabs:
+            key, value = self.score.keys_of(keys, slab), self.score.keys_of(values, slab)
+            s, raw = self.score(queries, key, row, slab, self.scores, self.spare)
+            p = s.sub_(lse).exp2_()
+            ds = torch.bmm(grad, value.transpose(1, 2), out=self.weights.shaped(*s.shape)).sub_(delta)
+            if self.score.careful and slab.tiles:
+                dq = self._careful(chunk, row, slab, (scaled, grad, key), (p, ds, raw), dq)
+                continue
+            self._add(chunk, slab, self.dv, p, grad)
+            ds.mul_(p)
+            if self.score.mod is not None:
+                ds = self.score.mod_backward(raw, ds, row, slab, self.mod_sums)
+            self._add(chunk, slab, self.dk, ds, scaled)
+            dq = torch.bmm(ds, key) if dq is None else dq.baddbmm_(ds, key)
+        if dq is None:
+            dq = torch.zeros_like(queries)
+        chunk.store(self.dq, q0, q1, dq.mul_(self.scale))
+
+    def _add(self, chunk: Chunk, slab: Slab, total: Tensor, weights: Tensor, right: Tensor) -> None:
+        """total[keys of the slab] += weights^T right."""
+        at = 0
+        for a, b in slab.runs:
+            chunk.add_keys(total, a, b, weights[:, :, at : at + b - a].transpose(1, 2), right)
+            at += b - a
+
+    def _careful(
+        self,
+        chunk: Chunk,
+        row: Row,
+        slab: Slab,
+        given: tuple[Tensor, Tensor, Tensor],
+        block: tuple[Tensor, Tensor, Tensor],
+        dq: Tensor | None,
+    ) -> Tensor:
+        """The same for a slab with masked pairs where something is not finite: masked pairs are nothing, not zero times it."""
+        (scaled, grad, key), (p, ds, raw) = given, block
+        seen = self.score.seen(row, slab)
+        self.score.fill(p, row, slab, 0.0)
+        ds.mul_(p)
+        self.score.fill(ds, row, slab, 0.0)
+        if self.score.mod is not None:
+            ds = self.score.mod_backward(raw, ds, row, slab, self.mod_sums).contiguous()
+            self.score.fill(ds, row, slab, 0.0)
+        ((a, b),) = slab.runs
+        for total, weights, right in ((self.dv, p, grad), (self.dk, ds, scaled)):
+            part = masked_product(weights.transpose(1, 2), right, seen.t())
+            to = total[chunk.b0 : chunk.b1, a:b, chunk.h0 : chunk.h1].transpose(1, 2)
+            to.add_(part.view(to.shape))
+        part = masked_product(ds, key, seen)
+        return part if dq is None else dq.add_(part)
+
+    @property
+    def finite(self) -> bool:
+        found = [self.dq, self.dk, self.dv, *(s for s in self.mod_sums if s is not None)]
+        return all(bool(t.sum(dtype=self.shape.dtype).isfinite()) for t in found)
+
+    def sink_gradient(self, sink: Tensor) -> Tensor:
+        """A sink is a key with value 0: its weight times -delta, summed over queries."""
+        weight = torch.exp(sink.to(self.shape.dtype) - self.lse[..., 0])
+        weight = weight.masked_fill((sink == -torch.inf).expand(weight.shape), 0.0)
+        return -(weight * self.delta[..., 0]).sum((0, 1)).to(sink.dtype)

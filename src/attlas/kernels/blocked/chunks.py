@@ -1,0 +1,109 @@
+"""Which batch rows and heads are worked on together, and how their slices are taken from token-major tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attlas.kernels.blocked.layout import SLAB_KEYS, Layout
+
+SCORES = 1 << 19  # scores that are held at a time, all heads of a chunk together: 2 MiB in fp32, so that they stay in cache
+
+
+@dataclass(frozen=True)
+class Shape:
+    """batch, query heads, key heads of a call, and the dtype that it is computed in."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    dtype: torch.dtype
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Batch rows b0..b1-1, key heads h0..h1-1 and their query heads a0..a1-1; map_b, map_h: which map of the layout they follow.
+
+    In a chunk, one unit is one key head of one batch row: tensors become [units, group * queries, ...] with the query heads of
+    a group stacked under each other, so that keys and values are never repeated.
+    """
+
+    b0: int
+    b1: int
+    h0: int
+    h1: int
+    a0: int
+    a1: int
+    map_b: int
+    map_h: int
+
+    @property
+    def units(self) -> int:
+        return (self.b1 - self.b0) * (self.h1 - self.h0)
+
+    @property
+    def group(self) -> int:
+        return (self.a1 - self.a0) // (self.h1 - self.h0)
+
+    def keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys or values [B, Tk, Hkv, D] as [units, Tk, D]: a view wherever strides allow it."""
+        x = x[self.b0 : self.b1, :, self.h0 : self.h1].transpose(1, 2).to(dtype)
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        return x[0] if x.shape[0] == 1 else x.reshape(-1, *x.shape[-2:])
+
+    def load(self, x: Tensor, q0: int, q1: int, dtype: torch.dtype) -> Tensor:
+        """Query-side [B, Tq, H, D] as a fresh [units, group * queries, D]."""
+        part = x[self.b0 : self.b1, q0:q1, self.a0 : self.a1].transpose(1, 2)
+        own = torch.empty(part.shape, dtype=dtype, device=x.device).copy_(part)
+        return own.view(self.units, -1, x.shape[-1])
+
+    def store(self, x: Tensor, q0: int, q1: int, value: Tensor) -> None:
+        """The inverse of `load`."""
+        part = x[self.b0 : self.b1, q0:q1, self.a0 : self.a1].transpose(1, 2)
+        part.copy_(value.view(part.shape))
+
+    def by_head(self, scores: Tensor) -> Tensor:
+        """[units, group * queries, w] as [batch rows, query heads, queries, w]."""
+        return scores.view(self.b1 - self.b0, self.a1 - self.a0, -1, scores.shape[-1])
+
+    def add_keys(self, total: Tensor, k0: int, k1: int, left: Tensor, right: Tensor) -> None:
+        """total[:, k0:k1] += left @ right for the chunk; total [B, Tk, Hkv, D], left [units, k1-k0, M], right [units, M, D]."""
+        part = total[self.b0 : self.b1, k0:k1, self.h0 : self.h1].transpose(1, 2)
+        if part.shape[0] == 1:
+            part[0].baddbmm_(left, right)
+        else:
+            part.add_(torch.bmm(left, right).view(part.shape))
+
+
+def chunks(shape: Shape, layout: Layout) -> Iterator[Chunk]:
+    """All (batch row, head) pairs, as few chunks as the score buffer allows; a chunk never mixes maps.
+
+    The width of slabs does not depend on the batch, so a batch row is computed alike in every batch.
+    """
+    b, h, hkv, g = shape.batch, shape.heads, shape.kv_heads, shape.group
+    if layout.heads > 1:
+        for i in range(b):
+            for a in range(h):
+                yield Chunk(i, i + 1, a // g, a // g + 1, a, a + 1, i if layout.batch > 1 else 0, a)
+        return
+    unit = g * layout.block_q * max(1.0, min(layout.mean_keys, SLAB_KEYS))
+    fit = max(1, int(SCORES // unit))
+    if layout.batch == 1 and fit >= 2 * hkv and b > 1:
+        step = fit // hkv
+        for i in range(0, b, step):
+            yield Chunk(i, min(b, i + step), 0, hkv, 0, h, 0, 0)
+        return
+    parts = -(-hkv // min(fit, hkv))
+    step = -(-hkv // parts)
+    for i in range(b):
+        for j in range(0, hkv, step):
+            end = min(hkv, j + step)
+            yield Chunk(i, i + 1, j, end, j * g, end * g, i if layout.batch > 1 else 0, 0)

@@ -1,0 +1,88 @@
+"""Online softmax over slabs of keys (Milakov and Gimelshein 2018; Dao et al. 2022, arXiv:2205.14135)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attlas.kernels.blocked.block_scores import LN2, LOG2E, BlockScores, Buffer
+from attlas.kernels.blocked.careful import masked_product
+from attlas.kernels.blocked.chunks import Chunk, Shape, chunks
+from attlas.kernels.blocked.layout import Layout, Row
+from attlas.masks.geometry import Grid
+from attlas.scores import ScoreMod
+
+
+class Forward:
+    """One forward pass. q, k, v [B, T, heads, D], any strides."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, shape: Shape, scale: float, sink: Tensor | None):
+        self.q, self.k, self.v, self.shape, self.scale = q, k, v, shape, scale
+        self.sink = None if sink is None else sink.detach().to(shape.dtype) * LOG2E
+        self.scores = Buffer(q, shape.dtype)
+        self.spare = Buffer(q, shape.dtype)
+
+    def run(self, layout: Layout, mod: ScoreMod | None, grid: Grid, *, need_lse: bool, careful: bool) -> tuple[Tensor, Tensor | None]:
+        """(out [B, Tq, H, Dv] in q's dtype, lse [B, Tq, H] in the computing dtype or None)."""
+        b, tq, h, _ = self.q.shape
+        out = self.q.new_empty(b, tq, h, self.v.shape[-1])
+        self.out = out
+        self.lse = torch.empty(b, tq, h, 1, dtype=self.shape.dtype, device=out.device) if need_lse else None
+        self.score = BlockScores(layout, mod, grid, self.shape.dtype, careful)
+        for chunk in chunks(self.shape, layout):
+            self.score.start_chunk(chunk, self.shape.heads)
+            keys, values = chunk.keys(self.k, self.shape.dtype), chunk.keys(self.v, self.shape.dtype)
+            for row in layout.rows(chunk.map_b, chunk.map_h, isolate=careful):
+                self._row(chunk, row, keys, values)
+        return out, None if self.lse is None else self.lse[..., 0]
+
+    def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
+        dtype = self.shape.dtype
+        queries = chunk.load(self.q, row.q0, row.q1, dtype).mul_(self.scale * self.score.query_factor)
+        top, total = self._start(chunk, queries)
+        acc: Tensor | None = None
+        for slab in row.slabs:
+            s, _ = self.score(queries, self.score.keys_of(keys, slab), row, slab, self.scores, self.spare)
+            # Scores of -inf only: a finite maximum makes exp2 give 0 instead of NaN.
+            new_top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+            rescale = None
+            if top is not None and total is not None:
+                new_top = torch.maximum(top, new_top)
+                rescale = torch.exp2(top - new_top)
+                total = total * rescale
+            top = new_top
+            s.sub_(top).exp2_()
+            total = s.sum(-1, keepdim=True) if total is None else total.add_(s.sum(-1, keepdim=True))
+            value = self.score.keys_of(values, slab)
+            if self.score.careful and slab.tiles:
+                self.score.fill(s, row, slab, 0.0)
+                part = masked_product(s, value, self.score.seen(row, slab))
+                acc = part if acc is None else acc.mul_(rescale).add_(part)
+            elif acc is None:
+                acc = torch.bmm(s, value)
+            else:
+                acc.mul_(rescale).baddbmm_(s, value)
+        self._finish(chunk, row, acc, top, total)
+
+    def _start(self, chunk: Chunk, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Running maximum and sum [units, M, 1] before any key: the sink's, or nothing yet."""
+        if self.sink is None:
+            return None, None
+        per_query = queries.shape[1] // chunk.group
+        sink = self.sink[chunk.a0 : chunk.a1].view(1, -1, chunk.group, 1)
+        sink = sink.expand(chunk.b1 - chunk.b0, -1, -1, per_query).reshape(chunk.units, -1, 1)
+        top = sink.clamp(min=torch.finfo(sink.dtype).min)
+        return top, torch.exp2(sink - top)
+
+    def _finish(self, chunk: Chunk, row: Row, acc: Tensor | None, top: Tensor | None, total: Tensor | None) -> None:
+        if acc is None:
+            chunk.store(self.out, row.q0, row.q1, self.out.new_zeros(()).expand(chunk.units, chunk.group * (row.q1 - row.q0), self.out.shape[-1]))
+        else:
+            assert total is not None
+            chunk.store(self.out, row.q0, row.q1, acc.div_(total.masked_fill(total == 0, 1.0)))
+        if self.lse is not None:
+            if top is None or total is None:
+                lse = torch.full((), -torch.inf, dtype=self.lse.dtype, device=self.lse.device)
+                chunk.store(self.lse, row.q0, row.q1, lse.expand(chunk.units, chunk.group * (row.q1 - row.q0), 1))
+            else:
+                chunk.store(self.lse, row.q0, row.q1, total.log2().add_(top).mul_(LN2))

@@ -1,0 +1,217 @@
+"""Which slabs of keys each block of queries works through, and which of their pairs are masked.
+
+A `Row` is a block of queries; its `Slab`s are runs of keys wide enough for one good matrix product and narrow enough that the
+score buffer stays in cache. A slab names the tiles (sub-rectangles) in which some pair is masked; outside tiles nothing is tested.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attlas.kernels.reach import Rectangle, rectangles
+from attlas.masks.block_map import BlockMap
+from attlas.masks.expr import All, Mask
+from attlas.masks.geometry import Grid
+
+SLAB_KEYS = 1024  # keys of a slab: enough to hide the cost of a launch, few enough that the scores of a head fit the L2 cache
+SHORT_RUN = 256  # runs of keys shorter than this are gathered into one slab, longer ones are read in place
+LONG_ROW = 2048  # mean keys of a query from which larger query blocks pay: the waste at a mask's edge no longer matters
+FEW_QUERIES = 32  # up to here the mask is evaluated directly instead of being compiled
+
+
+class Slab(NamedTuple):
+    """runs: key ranges in slab order; tiles: (offset in the slab, width, tile id) of the parts that hold masked pairs."""
+
+    runs: tuple[tuple[int, int], ...]
+    width: int
+    tiles: tuple[tuple[int, int, int], ...]
+
+
+class Row(NamedTuple):
+    """Queries q0 ... q1-1 and the slabs of keys that at least one of them may attend to."""
+
+    q0: int
+    q1: int
+    slabs: tuple[Slab, ...]
+
+
+class Layout(ABC):
+    """The rows of every (batch row, head) of a mask. `batch` and `heads` are 1 where the mask does not differ by them."""
+
+    batch: int = 1
+    heads: int = 1
+    block_q: int
+    mean_keys: float  # keys that a query works through, on average
+
+    @abstractmethod
+    def rows(self, b: int, h: int, *, isolate: bool = False) -> Iterable[Row]:
+        """Rows in order; every query is in exactly one. isolate: tiles get slabs of their own."""
+
+    @abstractmethod
+    def seen(self, tile: int) -> Tensor:
+        """bool [at least the row's queries, at least the tile's width]: True = may attend."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._bias: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def bias(self, tile: int, dtype: torch.dtype) -> Tensor:
+        """0 where the tile may attend, -inf elsewhere."""
+        key = (tile, dtype)
+        found = self._bias.get(key)
+        if found is None:
+            seen = self.seen(tile)
+            found = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            if len(self._bias) >= 64:  # windows and triangles need a handful; a random mask would fill the memory
+                self._bias.clear()
+            self._bias[key] = found
+        return found
+
+
+def _split(runs: list[tuple[int, int]], tiles: dict[int, tuple[int, int]]) -> Iterator[Slab]:
+    """Slabs of runs of keys. tiles: first key of a tile -> (width, id)."""
+    short = [r for r in runs if r[1] - r[0] < SHORT_RUN]
+    if len(short) < 3:
+        short = []
+    for a, b in runs:
+        if short and b - a < SHORT_RUN:
+            continue
+        pieces = -(-(b - a) // SLAB_KEYS)
+        step = -(-(b - a) // pieces // 64) * 64
+        starts = [t for t in tiles if a <= t < b]
+        at = a
+        while at < b:
+            end = min(b, at + step)
+            inside = [t for t in starts if t < end < t + tiles[t][0]]  # never cut a tile
+            if inside:
+                end = inside[0] + tiles[inside[0]][0]
+            here = tuple((t - at, *tiles[t]) for t in starts if at <= t < end)
+            yield Slab(((at, end),), end - at, here)
+            at = end
+    while short:
+        width, taken, here = 0, [], []
+        while short and (not taken or width + short[0][1] - short[0][0] <= SLAB_KEYS):
+            a, b = short.pop(0)
+            here += [(t - a + width, *tiles[t]) for t in tiles if a <= t < b]
+            taken.append((a, b))
+            width += b - a
+        yield Slab(tuple(taken), width, tuple(here))
+
+
+class MapLayout(Layout):
+    """The layout of a compiled BlockMap."""
+
+    def __init__(self, block_map: BlockMap, device: torch.device):
+        super().__init__(device)
+        self.map = block_map
+        self.batch, self.heads, self.block_q = block_map.batch, block_map.heads, block_map.block_q
+        self._blocks = -(-block_map.q_len // block_map.block_q)
+        self._ptr: list[int] = block_map.row_ptr.tolist()
+        self._cols: list[int] = block_map.cols.tolist()
+        self._tiles: list[int] = block_map.tile_ids.tolist()
+        self.mean_keys = len(self._cols) * block_map.block_k / max(1, len(self._ptr) - 1)
+
+    def rows(self, b: int, h: int, *, isolate: bool = False) -> Iterator[Row]:
+        bq, q_len = self.block_q, self.map.q_len
+        first = (b * self.heads + h) * self._blocks
+        for i in range(self._blocks):
+            span = slice(self._ptr[first + i], self._ptr[first + i + 1])
+            slabs = tuple(self._slabs(self._cols[span], self._tiles[span], isolate))
+            yield Row(i * bq, min(q_len, (i + 1) * bq), slabs)
+
+    def _slabs(self, cols: list[int], ids: list[int], isolate: bool) -> Iterator[Slab]:
+        bk, k_len = self.map.block_k, self.map.k_len
+        runs: list[tuple[int, int]] = []
+        tiles: dict[int, tuple[int, int]] = {}
+        for col, tile in zip(cols, ids, strict=True):
+            a, b = col * bk, min(k_len, (col + 1) * bk)
+            if tile >= 0 and isolate:
+                yield Slab(((a, b),), b - a, ((0, b - a, tile),))
+                continue
+            if tile >= 0:
+                tiles[a] = (b - a, tile)
+            if runs and runs[-1][1] == a:
+                runs[-1] = (runs[-1][0], b)
+            else:
+                runs.append((a, b))
+        yield from _split(runs, tiles)
+
+    def seen(self, tile: int) -> Tensor:
+        return self.map.tile(tile).to(self.device)
+
+
+class RectangleLayout(Layout):
+    """A few rectangles, each evaluated pair by pair (or not at all where everything is allowed): no compilation."""
+
+    def __init__(self, rectangles: list[Rectangle], block_q: int, device: torch.device):
+        super().__init__(device)
+        masks = [r.mask for r in rectangles if r.mask is not None]
+        self.batch = max((m.batch or 1 for m in masks), default=1)
+        self.heads = max((m.heads or 1 for m in masks), default=1)
+        self.rectangles, self.block_q = rectangles, block_q
+        queries = sum(r.q1 - r.q0 for r in rectangles)
+        self.mean_keys = sum((r.q1 - r.q0) * (r.k1 - r.k0) for r in rectangles) / max(1, queries)
+        self._seen: list[Tensor] = []
+        self._dense: dict[int, Tensor] = {}
+        self._rows: dict[tuple[int, int], tuple[Row, ...]] = {}
+
+    def rows(self, b: int, h: int, *, isolate: bool = False) -> tuple[Row, ...]:
+        if (b, h) not in self._rows:
+            self._rows[b, h] = tuple(self._make_rows(b, h))
+        return self._rows[b, h]
+
+    def _make_rows(self, b: int, h: int) -> Iterator[Row]:
+        for i, r in enumerate(self.rectangles):
+            if r.mask is None:
+                slabs = tuple(_split([(r.k0, r.k1)] if r.k1 > r.k0 else [], {}))
+                for q0 in range(r.q0, r.q1, self.block_q):
+                    yield Row(q0, min(r.q1, q0 + self.block_q), slabs)
+            else:
+                yield Row(r.q0, r.q1, tuple(self._masked(i, r, b, h)))
+
+    def _masked(self, i: int, r: Rectangle, b: int, h: int) -> Iterator[Slab]:
+        if i not in self._dense:
+            assert r.mask is not None
+            dense = r.mask.dense(r.grid, device=self.device)
+            self._dense[i] = dense.reshape(-1, *dense.shape[-2:]) if dense.ndim > 2 else dense[None]
+        heads = (r.mask.heads or 1) if r.mask is not None else 1
+        batch = (r.mask.batch or 1) if r.mask is not None else 1
+        seen = self._dense[i][(b if batch > 1 else 0) * heads + (h if heads > 1 else 0)]
+        for slab in _split([(r.k0, r.k1)] if r.k1 > r.k0 else [], {}):
+            ((a, e),) = slab.runs
+            part = seen[:, a - r.k0 : e - r.k0]
+            some, every = bool(part.any()), bool(part.all())
+            if every:
+                yield slab
+            elif some:
+                self._seen.append(part)
+                yield Slab(slab.runs, slab.width, ((0, slab.width, len(self._seen) - 1),))
+
+    def seen(self, tile: int) -> Tensor:
+        return self._seen[tile]
+
+
+def make_layout(mask: Mask | None, grid: Grid, *, group: int, device: torch.device) -> Layout:
+    """The cheapest layout that is exact for this mask on this grid. group: query heads that share a key head."""
+    longest = max((s.length for s in grid.q.segments), default=0)
+    if (mask is None and not grid.packed) or longest <= FEW_QUERIES:
+        found = rectangles(mask, grid)
+        if found is not None:
+            return RectangleLayout(found, _block_q(group, True), device)
+    mask = All() if mask is None else mask
+    coarse = _block_q(group, True)
+    layout = MapLayout(mask.block_map(grid, block_q=coarse, block_k=128, device="cpu"), device)
+    fine = _block_q(group, False)
+    if layout.mean_keys < LONG_ROW and fine < coarse and len(grid.q) > fine:
+        layout = MapLayout(mask.block_map(grid, block_q=fine, block_k=64, device="cpu"), device)
+    return layout
+
+
+def _block_q(group: int, long: bool) -> int:
+    """Queries of a block: with the heads of a group stacked under each other, a product has group * block_q rows."""
+    return max(16, (128 if long else 64) // (1 << (min(group, 8).bit_length() - 1)))

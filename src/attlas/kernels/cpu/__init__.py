@@ -1,0 +1,1 @@
+"""The compiled CPU core: exact softmax attention for training and decoding, C++ behind ctypes."""

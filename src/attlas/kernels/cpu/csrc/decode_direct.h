@@ -1,0 +1,361 @@
+// Decode for few rows (query heads of one kv head x new tokens <= 8): keys and values are used straight from the cache, without packing.
+// Scores of R rows and VL / R keys share one vector, so the online softmax of all rows is one stream of vector instructions.
+// Lane i holds row (i / PER) % R and key PER * (i / (PER * R)) + i % PER of its group: with PER = 2 the bf16 probabilities of two consecutive
+// keys come out as one word, ready to be broadcast into the dot product with the values.
+#pragma once
+#include "decode.h"
+
+namespace {
+
+constexpr int kDirectRows = 8, kDirectKeys = 32;
+
+#ifdef __AVX512F__
+INL V permute_xor(V x, int s) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(s)), x);
+}
+INL V sums(const V* a) {  // lane i = sum of a[i]
+  V t[8], u[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    V x = a[(i >> 2) * 8 + (i & 3)], y = a[(i >> 2) * 8 + (i & 3) + 4];  // the order that the later steps turn into 0, 1, 2, ...
+    t[i] = add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) u[i] = add(_mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd));
+  V w0 = add(_mm512_unpacklo_ps(u[0], u[1]), _mm512_unpackhi_ps(u[0], u[1])), w1 = add(_mm512_unpacklo_ps(u[2], u[3]), _mm512_unpackhi_ps(u[2], u[3]));
+  __m512d d0 = _mm512_castps_pd(w0), d1 = _mm512_castps_pd(w1);
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(d0, d1)), _mm512_castpd_ps(_mm512_unpackhi_pd(d0, d1)));
+}
+#else
+INL V permute_xor(V x, int s) {
+  return _mm256_permutevar8x32_ps(x, _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(s)));
+}
+INL V sums(const V* a) {
+  V x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  V y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  return add(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+}
+#endif
+
+template <class M, int R> INL int lane_row(int i) { return (i / M::PER) % R; }
+template <class M, int R> INL int lane_key(int i) { return M::PER * (i / (M::PER * R)) + i % M::PER; }
+template <class M, int R> INL V max_of_row(V x) {
+#pragma GCC unroll 4
+  for (int s = 1; s < VL; s *= 2)
+    if (s < M::PER || s >= M::PER * R) x = max(x, permute_xor(x, s));
+  return x;
+}
+
+// S (kDirectKeys / (VL / R) vectors) = scores of R rows with kDirectKeys keys
+template <class M, class T, int R> INL void direct_scores(const float* q, int64_t ldq, const T* const* keys, int dim, float* S) {
+  constexpr int KG = VL / R;
+  int w = words<M>(dim), whole = w / VL * VL;
+  for (int g = 0; g < kDirectKeys / KG; g++) {
+    V acc[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) acc[i] = zero();
+    for (int d = 0; d < w; d += VL) {
+      V k[KG];
+      if (d < whole) {
+#pragma GCC unroll 16
+        for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[g * KG + j], d, d * M::PER + VL * M::PER);
+      } else {
+        for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[g * KG + j], d, dim);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        V x = load(q + r * ldq + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < KG; j++) {
+          int lane = (j / M::PER) * M::PER * R + r * M::PER + j % M::PER;
+          acc[lane] = M::mac(acc[lane], x, k[j]);
+        }
+      }
+    }
+    store(S + g * VL, sums(acc));
+  }
+}
+
+// O = alpha * O + P V, columns as they come
+template <class T, int R, int NV, bool TAIL>
+INL void direct_values_tile(Fp32, const float* P, const T* const* values, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
+  V o[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) o[r][j] = mul(load(O + r * ldo + d + j * VL), set1(alpha[r]));
+  for (int k = 0; k < n; k++) {
+    V v[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) v[j] = TAIL ? load_as_f32(values[k] + d, dim - d) : load_as_f32(values[k] + d + j * VL);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      V p = set1(P[k * R + r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) o[r][j] = fma(p, v[j], o[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) store(O + r * ldo + d + j * VL, o[r][j]);
+}
+template <class T, int R> INL void direct_values(Fp32 m, const float* P, const T* const* values, int n, int dim, float* O, int64_t ldo, const float* alpha) {
+  constexpr int NV = VL == 8 ? (R <= 2 ? 4 : R <= 4 ? 2 : 1) : (R <= 4 ? 4 : 2);
+  int d = 0;
+  for (; d + NV * VL <= dim; d += NV * VL) direct_values_tile<T, R, NV, false>(m, P, values, n, d, dim, O, ldo, alpha);
+  for (; d < dim; d += VL) direct_values_tile<T, R, 1, true>(m, P, values, n, d, dim, O, ldo, alpha);
+}
+INL int value_column(Fp32, int d) { return d; }
+
+#ifdef __AVX512BF16__
+// Interleaving two rows of values leaves the columns of each 32 in the order 0-3, 8-11, 16-19, 24-27, 4-7, ...; undone when the split ends.
+template <int R, int NB, bool TAIL>
+INL void direct_values_tile(Bf16, const float* P, const bf16* const* values, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
+  V o[R][2 * NB];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < 2 * NB; j++) o[r][j] = mul(load(O + r * ldo + d + j * VL), set1(alpha[2 * r]));
+  __mmask32 keep_columns = TAIL ? (__mmask32)((1ull << (dim - d)) - 1) : (__mmask32)~0u;
+  for (int k = 0; k < n; k += 2) {
+    V v[2 * NB];
+#pragma GCC unroll 2
+    for (int j = 0; j < NB; j++) {
+      __m512i a = TAIL ? _mm512_maskz_loadu_epi16(keep_columns, values[k] + d) : _mm512_loadu_si512(values[k] + d + 32 * j);
+      __m512i b = TAIL ? _mm512_maskz_loadu_epi16(keep_columns, values[k + 1] + d) : _mm512_loadu_si512(values[k + 1] + d + 32 * j);
+      v[2 * j] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b)), v[2 * j + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      V p = set1(P[k / 2 * R + r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * NB; j++) o[r][j] = Bf16::mac(o[r][j], p, v[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < 2 * NB; j++) store(O + r * ldo + d + j * VL, o[r][j]);
+}
+template <class T, int R> INL void direct_values(Bf16 m, const float* P, const bf16* const* values, int n, int dim, float* O, int64_t ldo, const float* alpha) {
+  constexpr int NB = R <= 4 ? 2 : 1;
+  int d = 0;
+  for (; d + NB * 32 <= dim; d += NB * 32) direct_values_tile<R, NB, false>(m, P, values, n, d, dim, O, ldo, alpha);
+  for (; d + 32 <= dim; d += 32) direct_values_tile<R, 1, false>(m, P, values, n, d, dim, O, ldo, alpha);
+  if (d < dim) direct_values_tile<R, 1, true>(m, P, values, n, d, dim, O, ldo, alpha);
+}
+INL int value_column(Bf16, int d) { return d / 32 * 32 + (d % 8 >= 4 ? 16 : 0) + d % 32 / 8 * 4 + d % 4; }
+#endif
+
+struct DirectState {  // of one kv head
+  const float* q;
+  float *o, *m, *l;   // m and l in lane layout
+  const float *slope, *q_pos;  // lane layout, ALiBi; q_pos relative to the first query
+};
+struct DirectMods {
+  bool active, alibi;
+  float scale, softcap, c;
+};
+
+// A chunk of at most kDirectKeys keys; `keys` and `values` are filled up with rows of zeros. allow(row, key) is asked when `masked`.
+template <class M, class T, int R, class Allow>
+INL void direct_chunk(const DirectState& st, int64_t ldq, int64_t ldo, const T* const* keys, const T* const* values, int n, int dim, int dim_v, const DirectMods& md,
+                      float k_pos, bool masked, const Allow& allow) {
+  constexpr int KG = VL / R, NS = kDirectKeys / KG;
+  alignas(64) float S[NS * VL], alpha[VL];
+  direct_scores<M, T, R>(st.q, ldq, keys, dim, S);
+  if (__builtin_expect(md.active, 0)) {
+    float pos[VL];
+    for (int i = 0; i < VL; i++) pos[i] = k_pos + lane_key<M, R>(i);
+    for (int g = 0; g < NS; g++) {
+      V s = mul(load(S + g * VL), set1(md.scale));
+      if (md.softcap > 0) s = mul(tanhv(div(s, set1(md.softcap))), set1(md.softcap));
+      if (md.alibi) s = sub(s, mul(load(st.slope), abs(sub(add(load(pos), set1((float)(g * KG))), load(st.q_pos)))));
+      store(S + g * VL, s);
+    }
+  }
+  bool bad = false;
+  if (masked || n < kDirectKeys) {
+    for (int i = 0; i < NS * VL; i++) {
+      int key = i / VL * KG + lane_key<M, R>(i % VL);
+      if (key >= n || (masked && !allow(lane_row<M, R>(i % VL), key))) S[i] = -INFINITY;
+    }
+    if (masked)
+      for (int k = 0; k < n; k++)
+        for (int d = 0; d < dim_v; d += VL) {
+          V x = load_as_f32(values[k] + d, dim_v - d);
+          bad |= !(hsum(mul(x, zero())) == 0.0f);
+        }
+  }
+  V top = set1(-INFINITY);
+#pragma GCC unroll 4
+  for (int g = 0; g < NS; g++) top = max(top, load(S + g * VL));
+  top = max_of_row<M, R>(top);
+  V old = load(st.m), now = max(old, top);
+  V shift = keep(below(set1(-INFINITY), now), mul(now, set1(md.c)), zero());  // 0 while nothing was seen
+  V a = exp2v(fma(old, set1(md.c), sub(zero(), shift))), sum = zero();
+#pragma GCC unroll 4
+  for (int g = 0; g < NS; g++) {
+    V p = exp2v(fma(load(S + g * VL), set1(md.c), sub(zero(), shift)));
+    sum = add(sum, p);
+    store_words<M>(S, g, p);
+  }
+  store(alpha, a), store(st.m, now), store(st.l, fma(load(st.l), a, sum));
+  if (__builtin_expect(bad, 0)) {
+    for (int r = 0; r < R; r++) {
+      for (int d = 0; d < ldo; d++) st.o[r * ldo + d] *= alpha[r * M::PER];
+      for (int k = 0; k < n; k++) {
+        if (!allow(r, k)) continue;
+        float p;
+        if (M::PER == 1) {
+          p = S[k * R + r];
+        } else {
+          uint32_t w;
+          memcpy(&w, S + k / 2 * R + r, 4);
+          w = k & 1 ? w & 0xffff0000u : w << 16;
+          memcpy(&p, &w, 4);
+        }
+        for (int d = 0; d < dim_v; d++) {
+          float x[VL];
+          store(x, load_as_f32(values[k] + d, 1));
+          st.o[r * ldo + value_column(M(), d)] += p * x[0];
+        }
+      }
+    }
+    return;
+  }
+  direct_values<T, R>(M(), S, values, (n + M::PER - 1) / M::PER * M::PER, dim_v, st.o, ldo, alpha);
+}
+
+struct DirectScratch {
+  float *q, *o, *m, *l, *slope, *q_pos, *zeros;
+  int64_t ldq, ldo;
+  size_t bytes;
+  template <class M> static DirectScratch plan(const DecodePlan* p, char* base) {
+    DirectScratch f;
+    Arena a = {base, 0};
+    int64_t nh = p->heads_per_task;
+    f.ldq = round_up(words<M>((int)p->a->dim), VL), f.ldo = round_up(p->a->dim_v, 32);
+    f.q = a.floats(nh * kDirectRows * f.ldq), f.o = a.floats(nh * kDirectRows * f.ldo);
+    f.m = a.floats(nh * VL), f.l = a.floats(nh * VL), f.slope = a.floats(nh * VL), f.q_pos = a.floats(VL);
+    f.zeros = a.floats(round_up(p->a->dim > p->a->dim_v ? p->a->dim : p->a->dim_v, 64));
+    f.bytes = a.used;
+    return f;
+  }
+};
+
+// Row r of a kv head is query head r / q_len of its group and new token r % q_len.
+template <class M, class T, int R> void load_direct_rows(const DecodePlan* p, const DirectScratch& f, int64_t b, int64_t h0, int nh) {
+  const AttlasDecode* a = p->a;
+  int64_t group = a->heads / a->kv_heads;
+  memset(f.q, 0, nh * R * f.ldq * 4), memset(f.o, 0, nh * R * f.ldo * 4), memset(f.l, 0, nh * VL * 4);
+  memset(f.zeros, 0, round_up(a->dim > a->dim_v ? a->dim : a->dim_v, 64) * 4);
+  for (int h = 0; h < nh; h++) {
+    for (int r = 0; r < p->rows; r++) {
+      const T* row = row_at<T>(a->q, a->sq, b, r % a->q_len, (h0 + h) * group + r / a->q_len);
+      pack_rows<M, T>(&row, 1, (int)a->dim, f.q + (h * R + r) * f.ldq, f.ldq);
+    }
+    for (int i = 0; i < VL; i++) {
+      int r = lane_row<M, R>(i);
+      f.m[h * VL + i] = -INFINITY, f.q_pos[i] = (float)(r % a->q_len);
+      f.slope[h * VL + i] = a->alibi && r < p->rows ? a->alibi[(h0 + h) * group + r / a->q_len] : 0.0f;
+    }
+  }
+}
+
+template <class M, int R> void write_direct_rows(const DecodePlan* p, const DirectScratch& f, int64_t b, int64_t h0, int nh, int64_t split, float c) {
+  const AttlasDecode* a = p->a;
+  int64_t group = a->heads / a->kv_heads;
+  for (int h = 0; h < nh; h++)
+    for (int r = 0; r < p->rows; r++) {
+      float* dst = partial_at(p, (b * a->q_len + r % a->q_len) * a->heads + (h0 + h) * group + r / a->q_len, split);
+      const float* o = f.o + (h * R + r) * f.ldo;
+      for (int d = 0; d < p->dim_v_padded; d++) dst[d] = o[value_column(M(), d)];
+      float sum = 0.0f, m = f.m[h * VL + r * M::PER];
+      for (int i = 0; i < VL; i++)
+        if (lane_row<M, R>(i) == r) sum += f.l[h * VL + i];
+      dst[p->dim_v_padded] = m == -INFINITY ? m : m * c, dst[p->dim_v_padded + 1] = sum;
+    }
+}
+
+// Pointers of the first head's rows of one chunk
+template <class T> struct ChunkRows {
+  const T *k[kDirectKeys], *v[kDirectKeys];
+  int n;
+  INL void find(const AttlasDecode* a, int64_t b, int64_t k0, int64_t stop, int64_t h0) {
+    n = (int)(stop - k0 < kDirectKeys ? stop - k0 : kDirectKeys);
+    if (n < 0) n = 0;
+    gather_cache<T>(k, a, a->k, a->sk, b, k0, n, h0);
+    gather_cache<T>(v, a, a->v, a->sv, b, k0, n, h0);
+  }
+  // Fetches share `part` of `parts` into L2, all heads of a token together: they are neighbours in memory
+  INL void prefetch(const AttlasDecode* a, int part, int parts, int nh) const {
+    for (int i = n * part / parts; i < n * (part + 1) / parts; i++)
+      for (int h = 0; h < nh; h++) {
+        for (int64_t x = 0; x < a->dim * (int64_t)sizeof(T); x += 64) _mm_prefetch((const char*)(k[i] + h * a->sk.head) + x, _MM_HINT_T1);
+        for (int64_t x = 0; x < a->dim_v * (int64_t)sizeof(T); x += 64) _mm_prefetch((const char*)(v[i] + h * a->sv.head) + x, _MM_HINT_T1);
+      }
+  }
+};
+
+template <class M, class T, int R> void decode_direct_rows(const DecodePlan* p, int64_t b, int64_t split, int64_t h0, int nh, char* scratch) {
+  const AttlasDecode* a = p->a;
+  Visible see = visible_of(a, b);
+  DirectScratch f = DirectScratch::plan<M>(p, scratch);
+  load_direct_rows<M, T, R>(p, f, b, h0, nh);
+  DirectMods md;
+  md.alibi = a->alibi != nullptr, md.scale = (float)a->scale, md.softcap = (float)a->softcap;
+  md.active = md.alibi || md.softcap > 0 || !(md.scale > 0);
+  md.c = md.active ? kLog2e : (float)(a->scale * 1.4426950408889634);
+  int64_t begin = split * a->split, stop = begin + a->split < see.length ? begin + a->split : see.length;
+  int64_t range[2][2] = {{begin, begin}, {begin, stop}};  // keys of the sinks, keys of the window
+  int64_t low = see.low(0), high = see.high(a->q_len - 1);
+  if (high < stop) range[1][1] = stop = high;
+  if (low > begin) {
+    range[1][0] = low;
+    range[0][1] = see.sinks < low ? see.sinks : low;
+    if (range[0][1] > stop) range[0][1] = stop;
+  }
+  ChunkRows<T> now, next;
+  for (int part = 0; part < 2; part++) {
+    int64_t end = range[part][1];
+    next.find(a, b, range[part][0], end, h0);
+    for (int64_t k0 = range[part][0]; k0 < end; k0 += kDirectKeys) {
+      now = next;
+      next.find(a, b, k0 + kDirectKeys, end, h0);
+      const T *k[kDirectKeys], *v[kDirectKeys];
+      bool masked = (see.causal && k0 + now.n > see.high(0)) || (see.low(a->q_len - 1) > k0 && k0 + now.n > see.sinks);
+      auto allow = [&](int r, int key) {
+        int64_t t = r % a->q_len, x = k0 + key;
+        return x < see.high(t) && (x >= see.low(t) || x < see.sinks);
+      };
+      for (int h = 0; h < nh; h++) {
+        next.prefetch(a, h, nh, nh);
+        for (int i = 0; i < kDirectKeys; i++) {
+          k[i] = i < now.n ? now.k[i] + h * a->sk.head : (const T*)f.zeros;
+          v[i] = i < now.n ? now.v[i] + h * a->sv.head : (const T*)f.zeros;
+        }
+        DirectState st = {f.q + h * R * f.ldq, f.o + h * R * f.ldo, f.m + h * VL, f.l + h * VL, f.slope + h * VL, f.q_pos};
+        direct_chunk<M, T, R>(st, f.ldq, f.ldo, k, v, now.n, (int)a->dim, (int)a->dim_v, md, (float)(k0 - see.first_query), masked, allow);
+      }
+    }
+  }
+  write_direct_rows<M, R>(p, f, b, h0, nh, split, md.c);
+}
+
+template <class M, class T> void decode_task(const DecodePlan* p, int64_t task, char* scratch) {
+  const AttlasDecode* a = p->a;
+  int64_t hb = task % p->head_tasks, split = task / p->head_tasks % p->max_splits, b = task / p->head_tasks / p->max_splits;
+  int64_t h0 = hb * p->heads_per_task;
+  int nh = (int)(a->kv_heads - h0 < p->heads_per_task ? a->kv_heads - h0 : p->heads_per_task);
+  if (split * a->split >= a->lengths[b]) return;  // the merge looks only at splits that exist
+  if (p->rows > kDirectRows) return decode_packed_rows<M, T>(p, b, split, h0, nh, scratch);
+  if (p->rows > 4) return decode_direct_rows<M, T, 8>(p, b, split, h0, nh, scratch);
+  if (p->rows > 2) return decode_direct_rows<M, T, 4>(p, b, split, h0, nh, scratch);
+  if (p->rows > 1) return decode_direct_rows<M, T, 2>(p, b, split, h0, nh, scratch);
+  decode_direct_rows<M, T, 1>(p, b, split, h0, nh, scratch);
+}
+
+}  // namespace

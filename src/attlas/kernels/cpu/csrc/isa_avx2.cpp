@@ -1,0 +1,2 @@
+#define TABLE attlas_kernels_avx2
+#include "isa.inc"

@@ -1,0 +1,2 @@
+#define TABLE attlas_kernels_avx512
+#include "isa.inc"

@@ -1,0 +1,145 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace attlas {
+namespace {
+
+// Scratch memory of a thread; it stays with the thread, because fresh pages would be faulted in at every call.
+struct Scratch {
+  char* data = nullptr;
+  size_t size = 0;
+  char* get(size_t need) {
+    if (need > size) {
+      free(data);
+      data = nullptr, size = 0;
+      void* p = nullptr;
+      if (posix_memalign(&p, 4096, need) != 0) return nullptr;
+      data = static_cast<char*>(p), size = need;
+    }
+    return data;
+  }
+  ~Scratch() { free(data); }
+};
+thread_local Scratch scratch;
+
+struct Job {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  int64_t tasks = 0;
+  size_t scratch_bytes = 0;
+  TaskFn fn = nullptr;
+  const void* context = nullptr;
+
+  void work() {
+    char* memory = scratch.get(scratch_bytes + 64);
+    if (!memory) {
+      failed.store(true);
+      return;
+    }
+    for (;;) {
+      int64_t t = next.fetch_add(1, std::memory_order_relaxed);
+      if (t >= tasks) return;
+      fn(context, t, memory);
+    }
+  }
+};
+
+class Pool {
+ public:
+  void run(Job* job, int64_t helpers) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int64_t>(workers_) < helpers) {
+        try {
+          std::thread(&Pool::loop, this, workers_).detach();
+        } catch (...) {
+          break;  // fewer threads than wished for
+        }
+        workers_++;
+      }
+      job_ = job;
+      wanted_ = helpers < workers_ ? helpers : workers_;
+      running_.store(wanted_, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    job->work();
+    // A helper that never woke up before the tasks ran out has nothing to do any more; those inside a task are waited for.
+    for (int spins = 0; running_.load(std::memory_order_acquire) != 0; spins++)
+      if (spins > 2000) std::this_thread::yield();
+  }
+
+ private:
+  void loop(int64_t index) {
+    uint64_t seen = 0;
+    for (;;) {
+      auto start = std::chrono::steady_clock::now();
+      int spins = 0;
+      while (generation_.load(std::memory_order_acquire) == seen) {
+        __builtin_ia32_pause();
+        if (++spins % 64 == 0 && std::chrono::steady_clock::now() - start > std::chrono::microseconds(100)) {
+          std::unique_lock<std::mutex> lock(mutex_);
+          wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        }
+      }
+      Job* job;
+      bool mine;
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        seen = generation_.load(std::memory_order_relaxed);
+        job = job_, mine = index < wanted_;
+      }
+      if (!mine) continue;
+      job->work();
+      running_.fetch_sub(1, std::memory_order_acq_rel);
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int64_t> running_{0};
+  Job* job_ = nullptr;
+  int64_t workers_ = 0, wanted_ = 0;
+};
+
+std::mutex owner;           // one parallel job at a time; other callers run their tasks alone
+Pool* pool = nullptr;       // never destroyed: its threads live as long as the process
+
+void after_fork_in_child() {  // the threads are gone; a fresh pool is started on the first call
+  pool = nullptr;
+  new (&owner) std::mutex;
+}
+
+}  // namespace
+
+bool parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, TaskFn fn, const void* context) {
+  if (tasks <= 0) return true;
+  Job job;
+  job.tasks = tasks, job.scratch_bytes = scratch_bytes, job.fn = fn, job.context = context;
+  int64_t helpers = (threads < tasks ? threads : tasks) - 1;
+  if (helpers > 0 && owner.try_lock()) {
+    std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
+    if (!pool) {
+      static bool registered = false;
+      if (!registered) pthread_atfork(nullptr, nullptr, after_fork_in_child);
+      registered = true;
+      pool = new Pool;
+    }
+    pool->run(&job, helpers);
+  } else {
+    job.work();
+  }
+  return job.next.load() >= tasks;
+}
+
+}  // namespace attlas

@@ -1,0 +1,81 @@
+"""Which keys a range of queries can reach at all: scalar arithmetic on a mask and a grid, for calls too small to compile a mask.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from attlas.masks.expr import And, Mask, Or
+from attlas.masks.geometry import Axis, Grid, Segment
+
+
+class Rectangle(NamedTuple):
+    """Queries q0..q1-1 against keys k0..k1-1 of one sequence; mask None = all pairs are allowed."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    grid: Grid
+    mask: Mask | None
+
+
+def rectangles(mask: Mask | None, grid: Grid) -> list[Rectangle] | None:
+    """One rectangle per sequence, keys cut to those that its queries can reach; None where a sequence is not one run of the array."""
+    q_runs, k_runs = _sequence_runs(grid.q), _sequence_runs(grid.k)
+    if q_runs is None or k_runs is None:
+        return None
+    found = []
+    for sequence, (q0, q1, q_axis) in q_runs.items():
+        k0, k1, k_axis = k_runs.get(sequence, (0, 0, Axis(())))
+        found.append(_cut(mask, q0, q1, q_axis, k0, k1, k_axis))
+    return found
+
+
+def _sequence_runs(axis: Axis) -> dict[int, tuple[int, int, Axis]] | None:
+    """sequence id -> (first, end, its axis) in the array."""
+    runs: dict[int, tuple[int, int, list[Segment]]] = {}
+    at, last = 0, None
+    for s in axis.segments:
+        if s.sequence in runs:
+            if s.sequence != last:
+                return None
+            first, _, segments = runs[s.sequence]
+            runs[s.sequence] = (first, at + s.length, [*segments, s])
+        else:
+            runs[s.sequence] = (at, at + s.length, [s])
+        at += s.length
+        last = s.sequence
+    return {i: (a, b, Axis(tuple(segments))) for i, (a, b, segments) in runs.items()}
+
+
+def _cut(mask: Mask | None, q0: int, q1: int, q: Axis, k0: int, k1: int, k: Axis) -> Rectangle:
+    """The rectangle without the keys that the mask's hull excludes; mask dropped where it allows everything that is left."""
+    if mask is None or q.span is None or k.span is None:
+        return Rectangle(q0, q1, k0, k1, Grid(q, k), None)
+    hull = mask.key_span(*q.span)
+    if hull is None:
+        return Rectangle(q0, q1, k0, k0, Grid(q, Axis(())), None)
+    if len(k.segments) == 1:
+        s = k.segments[0]
+        skip = max(0, min(s.length, (hull[0] - s.position) if hull[0] is not None else 0))
+        end = max(skip, min(s.length, (hull[1] + 1 - s.position) if hull[1] is not None else s.length))
+        if end - skip < s.length:
+            k = Axis((Segment(end - skip, s.position + skip, s.sequence, s.index + skip),))
+            k0, k1 = k0 + skip, k0 + end
+    if k.span is None or allows_all(mask, q.span, k.span):
+        return Rectangle(q0, q1, k0, k1, Grid(q, k), None)
+    return Rectangle(q0, q1, k0, k1, Grid(q, k), mask)
+
+
+def allows_all(mask: Mask, q_span: tuple[int, int], k_span: tuple[int, int]) -> bool:
+    """Whether the mask certainly allows every pair of two inclusive ranges of positions. Scalar arithmetic only."""
+    if isinstance(mask, And):
+        return all(allows_all(m, q_span, k_span) for m in mask.operands)
+    if isinstance(mask, Or):
+        return any(allows_all(m, q_span, k_span) for m in mask.operands)
+    forbidden = (~mask).key_span(*q_span)
+    if forbidden is None:
+        return True
+    low, high = forbidden
+    return (low is not None and low > k_span[1]) or (high is not None and high < k_span[0])

@@ -1,0 +1,1 @@
+"""The lab: attention mechanisms trained and measured under equal conditions, and the report about it."""

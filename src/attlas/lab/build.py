@@ -1,0 +1,126 @@
+"""The models that the lab trains: one language model and one recall model per mechanism, all of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from attlas.errors import UnsupportedError
+from attlas.lab.mechanisms import Mechanism
+from attlas.lab.options import CompareOptions
+from attlas.lab.tasks.mqar import RecallTask
+from attlas.lab.tasks.text import VOCAB
+from attlas.models.config import FeedForwardConfig, language_model
+from attlas.models.init import seeded
+from attlas.models.layers import FeedForward
+from attlas.models.transformer import Transformer
+
+TOLERANCE = 0.02
+RECALL_DIM, RECALL_LAYERS = 64, 2
+RECALL_HIDDEN = 32
+
+
+@dataclass(frozen=True)
+class Sized:
+    """hidden: width of the feed-forward network that brings the model to `parameters`, nearest to the common target."""
+
+    hidden: int
+    parameters: int
+
+
+def text_model(mechanism: Mechanism, options: CompareOptions, hidden: int, seed: int = 0) -> Transformer:
+    """Decoder over bytes: pre-norm, RMSNorm, SwiGLU of width `hidden`, tied embedding, `mechanism` in every layer."""
+    pair = (mechanism.name, mechanism.options)
+    config = language_model(VOCAB, options.dim, options.layers, options.heads, mixers=(pair,), hidden=hidden)
+    return Transformer(config, seed=seed, device=options.device)
+
+
+class ShortConv(nn.Module):
+    """x_t + sum_{j < width} w_j * x_{t-j}, per channel: lets a layer see which value follows which key. x [B, T, dim]."""
+
+    def __init__(self, dim: int, width: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, dim) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x + self.weight[0] * x
+        for j in range(1, self.weight.shape[0]):  # shifted adds: several times faster on a CPU than a depthwise nn.Conv1d
+            out = out + self.weight[j] * nn.functional.pad(x, (0, 0, j, 0))[:, : x.shape[1]]
+        return out
+
+
+class RecallLayer(nn.Module):
+    def __init__(self, mixer: nn.Module, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm_mixer, self.conv, self.mixer = nn.RMSNorm(dim), ShortConv(dim), mixer
+        self.norm_ffn, self.ffn = nn.RMSNorm(dim), FeedForward(dim, FeedForwardConfig(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.conv(self.norm_mixer(x)))
+        return x + self.ffn(self.norm_ffn(x))
+
+
+class RecallModel(nn.Module):
+    """Tokens [B, T] -> hidden [B, T, dim]; `logits` of the rows that are asked for. Two layers: short convolution, mixer, small
+    feed-forward network; tied embedding; no table of positions."""
+
+    def __init__(self, mechanism: Mechanism, task: RecallTask, heads: int, hidden: int, *, seed: int = 0) -> None:
+        super().__init__()
+        with seeded(seed):
+            self.embed = nn.Embedding(task.vocab, RECALL_DIM)
+            nn.init.normal_(self.embed.weight, std=0.02)
+            mixers = [mechanism.build(RECALL_DIM, heads) for _ in range(RECALL_LAYERS)]
+            self.layers = nn.ModuleList(RecallLayer(m, RECALL_DIM, hidden) for m in mixers)
+            self.norm = nn.RMSNorm(RECALL_DIM)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.embed.weight.T
+
+
+def count(model: nn.Module) -> int:
+    """Number of trainable weights, shared ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def match(label: str, parameters: Callable[[int], int], target: int, stage: str) -> Sized:
+    """The feed-forward width whose model comes nearest to `target` weights. `parameters(hidden)` is affine in the width.
+
+    Raises UnsupportedError when no width >= 1 comes within 2 %.
+    """
+    at_one, at_two = parameters(1), parameters(2)
+    hidden = max(1, round(1 + (target - at_one) / (at_two - at_one)))
+    reached = parameters(hidden)
+    if abs(reached - target) > TOLERANCE * target:
+        raise UnsupportedError(
+            f"{label}: its {stage} model has {reached:,} weights with a feed-forward width of {hidden}, the others {target:,}; "
+            f"a fair comparison needs them within {TOLERANCE:.0%}. Use a larger --dim, or options that make the mechanism smaller"
+        )
+    return Sized(hidden, reached)
+
+
+def text_sizes(mechanisms: Sequence[Mechanism], reference: Mechanism, options: CompareOptions) -> dict[str, Sized]:
+    """Width per mechanism; the target is the reference with the usual width 8/3 dim."""
+
+    def parameters(m: Mechanism, hidden: int) -> int:
+        return count(text_model(m, options, hidden))
+
+    target = parameters(reference, round(8 * options.dim / 3))
+    return {m.label: match(m.label, partial(parameters, m), target, "language") for m in mechanisms}
+
+
+def recall_sizes(mechanisms: Sequence[Mechanism], reference: Mechanism, task: RecallTask, heads: int) -> dict[str, Sized]:
+    def parameters(m: Mechanism, hidden: int) -> int:
+        return count(RecallModel(m, task, heads, hidden))
+
+    target = parameters(reference, RECALL_HIDDEN)
+    return {m.label: match(m.label, partial(parameters, m), target, "recall") for m in mechanisms}

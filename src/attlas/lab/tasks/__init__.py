@@ -1,0 +1,1 @@
+"""What the lab trains on: real text (bytes) and associative recall."""

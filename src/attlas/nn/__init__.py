@@ -1,0 +1,1 @@
+"""Mixers: one file per family, all of them `attlas.nn.mixer.Mixer`."""

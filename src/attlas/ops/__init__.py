@@ -1,0 +1,6 @@
+"""Public functions: validate, select, call. See `attlas.ops.explain` for which implementation runs and why."""
+
+from attlas.ops.attention import attention
+from attlas.ops.merge import merge
+
+__all__ = ["attention", "merge"]

@@ -1,0 +1,54 @@
+"""Joining partial softmax results by their log-sum-exp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attlas.errors import ShapeError
+from attlas.shapes import describe
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint sets of keys, from the results over each set.
+
+    lse = log sum_r exp(lse_r)      out = sum_r exp(lse_r - lse) out_r
+
+    parts: (out_r [..., H, Dv], lse_r [..., H]) with natural-log lse, e.g. `[B, Tq, H, Dv]` and `[B, Tq, H]`; any number, at least
+    one. Computed in fp32 (fp64 when a lse is fp64); out in the parts' dtype, lse in the computing dtype. A part with lse = -inf
+    has no keys: its out is not read. Where all parts are empty: out 0, lse -inf, zero gradient. Differentiable in every out and
+    lse, twice. A key that is in two parts counts twice. A sink must be in one part only. Memory: one extra out. ShapeError.
+    Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+    """
+    parts = list(parts)
+    _check(parts)
+    dtype = torch.float64 if any(lse.dtype == torch.float64 for _, lse in parts) else torch.float32
+    each = torch.stack([lse.to(dtype) for _, lse in parts])
+    top = each.detach().amax(0)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weights = torch.exp(each - top)
+    total = weights.sum(0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (top + total.log()).masked_fill(empty, -math.inf)
+    shares = weights / total
+    merged: Tensor | None = None
+    for (out, own), share in zip(parts, shares, strict=True):
+        term = out.to(dtype).masked_fill((own == -math.inf)[..., None], 0.0) * share[..., None]
+        merged = term if merged is None else merged + term
+    assert merged is not None
+    return merged.to(parts[0][0].dtype), lse
+
+
+def _check(parts: list[tuple[Tensor, Tensor]]) -> None:
+    if not parts:
+        raise ShapeError("merge([]): needs at least one part")
+    first = parts[0][0]
+    for out, lse in parts:
+        same = out.shape == first.shape and out.dtype == first.dtype and out.device == first.device == lse.device
+        if not same or lse.shape != out.shape[:-1] or not lse.is_floating_point():
+            said = "; ".join(describe(out=o, lse=l) for o, l in parts)
+            raise ShapeError(f"merge([{said}]): every out must have one shape, dtype and device, and lse that shape without Dv")

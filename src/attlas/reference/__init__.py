@@ -1,0 +1,1 @@
+"""The truth: pure torch, brute force, no flags, reads like the papers."""

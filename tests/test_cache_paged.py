@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attlas.cache import CacheError, OutOfPagesError, PagedPart, PagePool, PartSpec
+from attlas.cache import CacheError, OutOfPagesError, PagedPart, PagePool, PartSpec, RingPart
 from attlas.errors import OptionError
 from attlas.shapes import SeqInfo
 
@@ -189,6 +189,19 @@ def test_a_window_gives_back_the_pages_that_lie_outside():
     part.reset()
     part.pool.check()
     assert part.pool.used == 0
+
+
+def test_a_window_keeps_a_loaded_page_that_holds_both_ends_of_a_gap():
+    source = RingPart(spec(11, 12), 1)
+    base = torch.arange(25.0)
+    source.write(tuple(base.view(-1, *[1] * len(shape)).expand(-1, *shape) for _, shape in SHAPES), SeqInfo((25,)))
+    source.end_step()
+    part = make(1, None, window=11, sinks=3)
+    part.load(source.save())
+    assert part.missing(0) == (12, 14) and contents(part, 0) == [*range(12), *range(14, 25)]
+    write(part, {0: 15})
+    part.end_step()
+    assert part.missing(0) == (12, 24) and contents(part, 0) == [*range(12), *range(24, 40)]
 
 
 def test_defragmented_rows_are_views():

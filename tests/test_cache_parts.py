@@ -176,6 +176,17 @@ def test_a_step_can_be_undone_before_it_ends():
     assert sorted(positions(part)) == [0, 1, *range(15, 20)]
     part.end_step()
     assert sorted(positions(part)) == [0, 1, *range(15, 20)]
+    write(part, 3)
+    part.reset()
+    write(part, 9)  # the first query of the step is now the one at position 0
+    assert positions(part) == list(range(9))
+    part = RingPart(spec(5, 2), 1, rollback=1)
+    write(part, 20)
+    part.end_step()
+    write(part, 1)
+    part.truncate({0: 19})
+    write(part, 3)  # and here the one at 19, which reads from 15 on
+    assert sorted(positions(part)) == [0, 1, *range(15, 22)]
 
 
 # ---- what all parts have in common -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from attlas.catalogue.index import card, cards
+from attlas.cli import app as attlas_app
 from attlas.cli.app import app
 from attlas.models.config import language_model
 from attlas.models.transformer import Transformer
@@ -71,6 +73,16 @@ def test_help_teaches_by_example(command: str):
     assert done.exit_code == 0, done.output
     assert done.stdout.count(f"attlas {command}") >= 2, "an example beside the usage line"
     assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["list_", "show", "draw", "explain"])
+def test_examples_of_the_help_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"^ +attlas (.+)$", getattr(attlas_app, command).__doc__, flags=re.M)
+    assert len(examples) >= 3
+    for example in examples:
+        done = attlas(*shlex.split(example))
+        assert done.exit_code == 0, f"{example}\n{done.output}"
 
 
 def test_version():
@@ -161,7 +173,14 @@ def test_show_prints_formula_files_and_pattern():
 def test_draw_in_the_terminal_shows_the_pattern():
     found = answer("draw", "Causal()", "--size", "3")
     assert found["allowed"] == 6 and found["pairs"] == 9
-    assert attlas("draw", "Causal()", "--size", "3").stdout.strip()
+    assert found["cells"] == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert len(attlas("draw", "Causal()", "--size", "31").stdout.splitlines()) > 15
+
+
+def test_draw_is_not_limited_by_length():
+    n = 1_000_003
+    found = answer("draw", "Causal() & Window.last(3)", "--size", str(n))
+    assert found["allowed"] == 3 * n - 3
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("svg", b"<svg"), ("png", b"\x89PNG\r\n\x1a\n"), ("txt", b"")])

@@ -60,7 +60,7 @@ def test_ci_runs_the_readme_test_command():
 
 
 def test_readme_catalogue_table_is_current():
-    hint = "README.md: put the output of `attlas list --markdown` between the catalogue markers"
+    hint = "run: python docs/refresh.py"
     assert section("catalogue").strip() == markdown_table(cards()).strip(), hint
 
 

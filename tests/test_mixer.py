@@ -14,15 +14,13 @@ from attlas.catalogue.index import build
 from attlas.errors import AttlasError, OptionError, ShapeError, UnsupportedError
 from attlas.masks import All, Causal, Dilated, Fixed, Global, Local, Nothing, PerHead, Prefix, Sinks, Strided, Window
 from attlas.nn.attention import Attention
-from attlas.nn.heads import causal
 from attlas.nn.reach import Reach, is_causal, is_shift_invariant, reach
 from attlas.positions.rope import Rope
 from attlas.scores import RelativeBias
 from attlas.shapes import SeqInfo
 from attlas.testing.budget import assert_same, error_budget
 from attlas.testing.inputs import randn
-from attlas.testing.laws import LAWS
-from attlas.testing.subject import Subject, seeded
+from attlas.testing.subject import seeded
 
 T, DIM, H, D = 23, 19, 3, 4
 
@@ -91,18 +89,6 @@ def test_attend_is_a_seam() -> None:
     mixer = build("sliding-window", DIM, H, head_dim=D, window=5, attend=mine)
     assert not mixer(randn(2, T, DIM, dtype=torch.float32)).any()
     assert calls[0]["mask"] == Causal() & Window.last(5) and calls[0]["seq"] is None
-
-
-def test_the_contract_compiles_in_one_graph() -> None:
-    """torch.compile(fullgraph=True) of base class, projections and rotation around an `attend` that can be traced."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        heads = [t.transpose(1, 2) for t in (q, k, v)]
-        return nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
-
-    claims = frozenset({"compile"})
-    subject = Subject("compiled", causal, {"dim": DIM, "num_heads": H, "head_dim": D, "attend": attend}, claims)
-    LAWS["compile"].check(subject)
 
 
 def test_use_pins_every_op() -> None:

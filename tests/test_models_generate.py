@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_generation_is_the_same_however_it_is_run(name: str):
     prompts = [tokens(n, seed=n).tolist() for n in (7, 1, 12)]
     want = [generate(model, [p], 11, use_cache=False)[0] for p in prompts]
     assert len({tuple(w) for w in want}) == 3
-    assert generate(model, prompts, 11) == want
+    assert generate(model, prompts, 11) == model.generate(prompts, 11) == want
     assert generate(model, prompts, 11, layout="paged", page_size=8) == want
     assert generate(model, prompts, 11, use_cache=False) == want
 
@@ -247,6 +248,30 @@ def test_every_bidirectional_card_can_be_an_encoder_layer(name: str):
     y[:, -1] = (y[:, -1] + 1) % VOCAB
     with torch.no_grad():
         assert not torch.equal(model(x)[:, :-1], model(y)[:, :-1])
+
+
+CROSS_CARDS = sorted(c.name for c in cards(supports="cross", min_level=2))
+
+
+@pytest.mark.parametrize("name", CROSS_CARDS)
+def test_every_cross_card_can_join_encoder_and_decoder(name: str):
+    (card,) = (c for c in cards() if c.name == name)
+    options = {**card.example, **card.options_for.get("cross", {})}
+    dim, heads = options.pop("dim", 36), options.pop("num_heads", 3)
+    options.pop("memory_dim", None)  # the encoder is as wide as the decoder
+    shape = {"head_dim": 6}
+    encoder = StackConfig(1, (MixerConfig("full", shape),), FeedForwardConfig(29))
+    decoder = replace(encoder, num_layers=2, mixers=(MixerConfig("causal", shape),), cross=MixerConfig(name, options))
+    model = lively(Transformer(TransformerConfig("encoder-decoder", VOCAB, dim, heads, decoder, encoder)))
+    x, source = tokens(2, 11), tokens(2, 13, seed=1)
+    logits = model(x, source=source)
+    other = source.clone()
+    other[1, 5] = (other[1, 5] + 1) % VOCAB
+    changed = (model(x, source=other) - logits).abs().amax((1, 2))
+    assert changed[0] == 0 < changed[1]
+    prompts = x[:, :3].tolist()
+    memory = model.encode(source)
+    assert generate(model, prompts, 5, memory=memory) == generate(model, prompts, 5, memory=memory, use_cache=False)
 
 
 def test_errors_restate_the_call():

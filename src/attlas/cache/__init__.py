@@ -3,7 +3,7 @@
 from attlas.cache.contiguous import ContiguousPart
 from attlas.cache.layer import Cache, make_cache
 from attlas.cache.paged import PagedPart
-from attlas.cache.part import CacheError, Held, Part, PartSpec
+from attlas.cache.part import CacheError, Held, Part, PartSpec, Table
 from attlas.cache.pool import OutOfPagesError, PagePool
 from attlas.cache.ring import RingPart
 from attlas.cache.state import StatePart
@@ -20,5 +20,6 @@ __all__ = [
     "PartSpec",
     "RingPart",
     "StatePart",
+    "Table",
     "make_cache",
 ]

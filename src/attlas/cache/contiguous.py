@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from attlas.cache.part import Held, PartSpec
+from attlas.cache.part import Held, PartSpec, Table
 from attlas.cache.tokens import Span, TokenPart, allocate, axis_of, slices
 from attlas.errors import DataError
 
@@ -82,6 +82,12 @@ class ContiguousPart(TokenPart):
         begin, end = next(iter(self._held(rows[0], span)), (0, 0))
         tensors = tuple(t[rows[0] : rows[0] + len(rows), begin:end] for t in self._storage)
         return Held(tensors, axis_of((begin, end - begin)))
+
+    def read_table(self, rows: Sequence[int]) -> Table | None:
+        """Every row is one page."""
+        for row in rows:
+            self._row(row)
+        return Table(self._storage, torch.tensor(rows, dtype=torch.int32, device=self.device)[:, None])
 
     def _cut(self, row: int, length: int) -> None:
         """The slots past the new length are simply not read any more."""

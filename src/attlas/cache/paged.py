@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from attlas.cache.part import CacheError, Held, PartSpec
+from attlas.cache.part import CacheError, Held, PartSpec, Table
 from attlas.cache.pool import PagePool
 from attlas.cache.tokens import Span, TokenPart, axis_of
 from attlas.shapes import SeqInfo
@@ -168,6 +168,12 @@ class PagedPart(TokenPart):
     def read_dense(self, rows: Sequence[int], span: Span | None = None) -> Held | None:
         """None: rows over pages have no common view."""
         return None
+
+    def read_table(self, rows: Sequence[int]) -> Table | None:
+        if any(self._gaps[self._row(row)][1] for row in rows):
+            return None
+        table, rows = self.block_table, list(rows)
+        return Table(self.pool.tensors, table if rows == list(range(self.rows)) else table[rows])
 
     # ---- between steps ------------------------------------------------------------------------------------------------------
 

@@ -49,6 +49,18 @@ class PartSpec:
         return sum(torch.Size(shape).numel() for _, shape in self.tensors)
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The storage of rows that hold every token: token p of row i is tensors[j][block_table[i, p // page_size], p % page_size].
+
+    tensors      [pages, page_size, ...] each, in the order of the spec; not a copy
+    block_table  int32 [rows, blocks]
+    """
+
+    tensors: tuple[Tensor, ...]
+    block_table: Tensor
+
+
 @dataclass(frozen=True)
 class Held:
     """What a read returns: `tensors` [n, ...] (a dense read: [rows, n, ...]) in the order of the spec, and `axis`, the absolute
@@ -91,6 +103,10 @@ class Part(ABC):
     @abstractmethod
     def read_dense(self, rows: Sequence[int], span: tuple[int | None, int | None] | None = None) -> Held | None:
         """`read` of several rows as one view with a leading row dimension; None when the part has no such view."""
+
+    def read_table(self, rows: Sequence[int]) -> Table | None:
+        """The storage of several rows of any lengths as pages; None when a row is not laid out in the order of its positions."""
+        return None
 
     @abstractmethod
     def missing(self, row: int) -> tuple[int, int]:

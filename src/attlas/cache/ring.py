@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from attlas.cache.part import Held, PartSpec
+from attlas.cache.part import Held, PartSpec, Table
 from attlas.cache.tokens import Span, TokenPart, allocate, axis_of, slices
 from attlas.errors import OptionError
 
@@ -175,6 +175,12 @@ class RingPart(TokenPart):
             return None
         tensors = tuple(t[rows[0] : rows[0] + len(rows), views[0][0] : views[0][1]] for t in self._storage)
         return Held(tensors, axis_of(*((position, count) for _, position, count in runs)))
+
+    def read_table(self, rows: Sequence[int]) -> Table | None:
+        """As long as nothing has been dropped, a row is one page, and token p is its slot p."""
+        if any(self._gaps[self._row(row)][1] or row in self._aside for row in rows):
+            return None
+        return Table(self._storage, torch.tensor(rows, dtype=torch.int32, device=self.device)[:, None])
 
     # ---- between steps ------------------------------------------------------------------------------------------------------
 

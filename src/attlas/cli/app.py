@@ -95,7 +95,7 @@ def show(
 def draw(
     what: Annotated[str, typer.Argument(help="A mechanism, or a mask such as 'Causal() & Window.last(8)'.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File .svg, .png or .txt; default: the terminal.")] = None,
-    size: Annotated[int, typer.Option(min=1, max=4096, help="Tokens, queries and keys alike.")] = 32,
+    size: Annotated[int, typer.Option(min=1, help="Tokens, queries and keys alike; a million is fine.")] = 32,
     option: Settings = None,
     json: Json = False,
 ) -> None:
@@ -107,7 +107,7 @@ def draw(
 
         attlas draw 'Causal() & Window.last(8) | Global([0])' --size 48
 
-        attlas draw bigbird -o bigbird.svg --size 128
+        attlas draw streaming -o streaming.svg --size 4096
     """
     from attlas.cli.drawing import draw_mask
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from textwrap import indent
 from typing import Any
 
 from attlas.catalogue.card import LEVELS, Card
 from attlas.catalogue.index import card, cards
 from attlas.cli.drawing import pattern_of
 from attlas.cli.output import literal, show, table, write_json
-from attlas.masks.draw import text
+from attlas.masks.draw import to_text
 from attlas.registry import load_attr
 
 
@@ -56,7 +55,7 @@ def show_card(name: str, *, size: int, as_json: bool) -> None:
     c = card(name)
     files = {kind: where(getattr(c, kind)) for kind in ("reference", "op", "mixer")}
     mask = pattern_of(c)
-    picture = None if mask is None else text(mask, size)
+    picture = None if mask is None else to_text(mask, size, size)
     if as_json:
         write_json({**c.to_dict(), "signature": c.signature(), "files": files, "picture": picture})
         return
@@ -80,7 +79,7 @@ def show_card(name: str, *, size: int, as_json: bool) -> None:
     rows.show_header = False
     show(f"[bold]{literal(c.name)}[/bold]  {literal(c.summary)}\n", rows)
     if picture is not None:
-        print(f"\npattern of {mask}: a row is a query, a column is a key\n\n{indent(picture, '  ')}")
+        print(f"\n{picture}")
 
 
 def build_line(c: Card) -> str:

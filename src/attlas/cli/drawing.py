@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from attlas.catalogue.card import Card
 from attlas.catalogue.index import card
@@ -15,7 +16,8 @@ from attlas.masks import draw
 from attlas.masks.expr import Mask
 
 KINDS = (".svg", ".png", ".txt")
-PNG_PIXELS = 512  # a PNG is about this wide: small masks get large cells
+PIXELS = 512  # a PNG is about this wide: small masks get large cells
+CELLS = 64  # per side of a drawing as data
 
 
 def pattern_of(c: Card, options: dict[str, object] | None = None) -> Mask | None:
@@ -49,25 +51,23 @@ def draw_mask(what: str, *, output: Path | None, size: int, pairs: Sequence[str]
     if output is not None:
         save(output, content(mask, size, output.suffix.lower()))
     if as_json:
-        allowed = mask.count((size, size))
-        planes = (mask.batch or 1) * (mask.heads or 1)
-        found = {"mask": repr(mask), "size": size, "allowed": allowed, "pairs": size * size * planes, "file": output}
-        write_json(found if output else {**found, "rows": rows_of(mask, size)})
-    elif output is None:
-        print(draw.text(mask, size))
+        write_json(described(mask, size, output))
     else:
-        print(f"{output}: {mask!r}, {size} x {size}")
+        print(draw.to_text(mask, size, size) if output is None else f"{output}: {mask!r}, {size} tokens")
 
 
-def rows_of(mask: Mask, size: int) -> list[str]:
-    """The mask as lines of 1 and 0; masks that differ by batch row or head one after the other."""
-    planes = mask.to_bool(size, size).reshape(-1, size).tolist()
-    return ["".join("01"[on] for on in row) for row in planes]
+def described(mask: Mask, size: int, output: Path | None) -> dict[str, Any]:
+    """The drawing as data; `cells` holds the share of allowed pairs in each cell, 0 or 1 where a cell is a pair."""
+    planes = (mask.batch or 1) * (mask.heads or 1)
+    cells = draw.pattern(mask, size, size, *(2 * [min(size, CELLS)]))
+    pairs = size * size * planes
+    return {"mask": repr(mask), "size": size, "allowed": mask.count((size, size)), "pairs": pairs, "cells": cells, "file": output}
 
 
 def content(mask: Mask, size: int, suffix: str) -> str | bytes:
     if suffix == ".svg":
-        return draw.svg(mask, size)
+        return draw.to_svg(mask, size, size)
     if suffix == ".txt":
-        return draw.text(mask, size) + "\n"
-    return png(mask.to_bool(size, size).reshape(-1, size).tolist(), max(1, PNG_PIXELS // size))
+        return draw.to_text(mask, size, size) + "\n"
+    side = min(size, PIXELS)
+    return png(draw.pattern(mask, size, size, side, side), max(1, PIXELS // size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,15 +78,15 @@ def cell(row: dict[str, Any], title: str) -> str:
 
 
 def bench_masks() -> Callable[..., None]:
-    """Time the compilation of masks to block maps, and count what they allow.
+    """Time the compilation of masks to block maps, against FlexAttention's, and say what it needs.
 
     Examples:
 
         attlas bench masks
 
-        attlas bench masks --json
+        attlas bench masks --tokens 65536 --peer-tokens 4096 --no-rss --json
     """
-    raise AssertionError
+    return bench("attlas.lab.bench_masks")
 
 
 def bench_attention() -> Callable[..., None]:
@@ -97,4 +98,21 @@ def bench_attention() -> Callable[..., None]:
 
         attlas bench attention --json
     """
-    raise AssertionError
+    return bench("attlas.lab.bench_attention")
+
+
+def bench(module: str) -> Callable[..., None]:
+    """A command with the keyword parameters of the module's `run` as options, that shows what its `table` makes of the result."""
+    from attlas.cli.options import from_dataclass, options_of
+    from attlas.cli.output import write_json
+
+    lab = import_module(module)
+
+    def action(options: Any, as_json: bool) -> None:
+        result = lab.run(**vars(options))
+        if as_json:
+            write_json(result)
+        else:
+            print(lab.table(result))
+
+    return from_dataclass(lambda: options_of(lab.run), action)()

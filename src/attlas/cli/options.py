@@ -10,7 +10,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -66,6 +66,14 @@ def from_dataclass(load: Callable[[], type], action: Callable[..., None]) -> Cal
         return wrapped
 
     return build
+
+
+def options_of(function: Callable[..., Any]) -> type:
+    """A dataclass with the keyword parameters of a function as fields, and its docstring as theirs."""
+    hints = get_type_hints(function)
+    found = inspect.signature(function).parameters.values()
+    made = [(p.name, hints[p.name], field(default=MISSING if p.default is p.empty else p.default)) for p in found]
+    return make_dataclass(f"{function.__name__}_options", made, namespace={"__doc__": function.__doc__}, frozen=True)
 
 
 def json_parameter() -> inspect.Parameter:

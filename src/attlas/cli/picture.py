@@ -1,4 +1,4 @@
-"""A grid of booleans as a PNG: grey-scale, a square of pixels for each cell, written with the standard library."""
+"""Shares of allowed pairs as a PNG: grey-scale, a square of pixels for each cell, written with the standard library."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-ALLOWED, MASKED = 40, 235  # grey levels of a pair that may and may not attend
+ALLOWED, MASKED = 40, 240  # grey levels of a cell in which all pairs and in which no pair may attend
 
 
-def png(rows: Sequence[Sequence[bool]], cell: int) -> bytes:
-    """The picture, `cell` pixels for each entry."""
-    lines = b"".join((b"\0" + b"".join(bytes([ALLOWED if on else MASKED]) * cell for on in row)) * cell for row in rows)
-    width, height = len(rows[0]) * cell, len(rows) * cell
+def png(cells: Sequence[Sequence[float]], pixels: int) -> bytes:
+    """The picture, `pixels` wide and high for each cell; shares between 0 and 1 become greys between."""
+    lines = b"".join((b"\0" + b"".join(bytes([grey(share)]) * pixels for share in row)) * pixels for row in cells)
+    width, height = len(cells[0]) * pixels, len(cells) * pixels
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits a pixel, grey
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+
+
+def grey(share: float) -> int:
+    return round(MASKED + (ALLOWED - MASKED) * share)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from attlas.masks.expr import And, Mask, Or
 from attlas.masks.geometry import Axis, Grid, Segment
+from attlas.masks.leaves import Window
 
 
 class Rectangle(NamedTuple):
@@ -74,6 +75,8 @@ def allows_all(mask: Mask, q_span: tuple[int, int], k_span: tuple[int, int]) -> 
         return all(allows_all(m, q_span, k_span) for m in mask.operands)
     if isinstance(mask, Or):
         return any(allows_all(m, q_span, k_span) for m in mask.operands)
+    if isinstance(mask, Window) and mask.left is not None and mask.right is not None:  # what it forbids lies on both sides
+        return q_span[1] - k_span[0] <= mask.left and k_span[1] - q_span[0] <= mask.right
     forbidden = (~mask).key_span(*q_span)
     if forbidden is None:
         return True

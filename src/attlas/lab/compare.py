@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from attlas.errors import AttlasError, DataError, UnsupportedError
+from attlas.lab.measure import useful_threads
 from attlas.lab.mechanisms import Mechanism, choose, reference_of
 from attlas.lab.options import CompareOptions
 from attlas.lab.plan import FORMAT, Plan, Planner, sizes_of
@@ -65,24 +66,24 @@ def run(options: CompareOptions, *, progress: Progress | None = None) -> Results
     Raises UnknownNameError, OptionError, UnsupportedError or DataError before anything is written.
     """
     began = time.perf_counter()
-    with _threads(options.threads):
-        asked = check(options)
-        with Store(options.folder, fresh=options.fresh) as store, progress or make_progress() as shown:
-            return _run(asked, store, shown, began)
+    asked = check(options)
+    with Store(options.folder, fresh=options.fresh) as store, progress or make_progress() as shown:
+        old = _stored_plan(store)
+        with _threads(options.threads or (old.machine["threads"] if old is not None else useful_threads())):
+            return _run(asked, old, store, shown, began)
 
 
 @contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
+def _threads(wanted: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    if wanted is not None:
-        torch.set_num_threads(wanted)
+    torch.set_num_threads(wanted)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _run(asked: Asked, store: Store, shown: Progress, began: float) -> Results:
+def _run(asked: Asked, old: Plan | None, store: Store, shown: Progress, began: float) -> Results:
     options = asked.options
     gates = [gate_trial(m, options) for m in asked.timed]
     for trial in gates:
@@ -91,7 +92,7 @@ def _run(asked: Asked, store: Store, shown: Progress, began: float) -> Results:
     for m, g in zip(asked.timed, gates, strict=True):
         if m not in green:
             shown.note(f"{m.label}: red gate, neither trained nor timed: {store.records[g.key]['error']}")
-    plan = _plan(asked, green, store, shown, began)
+    plan = _plan(asked, green, old, store, shown, began)
     trained = [m for m in asked.mechanisms if m in green]
     trials = Trials(options, trained, green, asked.corpus, plan).all()
     try:
@@ -104,20 +105,27 @@ def _run(asked: Asked, store: Store, shown: Progress, began: float) -> Results:
     return _write(asked, plan, gates + trials, store, began)
 
 
-def _plan(asked: Asked, green: Sequence[Mechanism], store: Store, shown: Progress, began: float) -> Plan:
+def _stored_plan(store: Store) -> Plan | None:
     stored = store.plan()
+    if stored is None or stored.get("format") != FORMAT:
+        return None
+    try:
+        return Plan.from_dict(stored)
+    except (AttlasError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{store.folder / PLAN} is not a plan of this version ({error!r}); --fresh starts over") from error
+
+
+def _plan(asked: Asked, green: Sequence[Mechanism], old: Plan | None, store: Store, shown: Progress, began: float) -> Plan:
     if store.unreadable:
         shown.note(f"{store.unreadable} lines of {store.folder} cannot be read; those trials run again")
-    old = None
-    if stored is not None and stored.get("format") == FORMAT:
-        try:
-            old = Plan.from_dict(stored)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{store.folder / PLAN} is not a plan of this version ({error!r}); --fresh starts over") from error
     trained = [m for m in asked.mechanisms if m in green]
-    if old is None:
-        shown.note("calibrating: how long is a step for each mechanism?")
-    plan = Planner(asked.options, trained, green, asked.corpus, began).make(asked.sizes, old)
+    planner = Planner(asked.options, trained, green, asked.corpus, began)
+    if not planner.fits(old):
+        threads = torch.get_num_threads()
+        shown.note(
+            f"calibrating with {threads} {'thread' if threads == 1 else 'threads'}: how long is a step for each mechanism?"
+        )
+    plan = planner.make(asked.sizes, old)
     if plan is not old:
         store.save_plan(plan.to_dict())
         for line in _told(plan, asked.options):

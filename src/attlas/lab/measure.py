@@ -172,6 +172,24 @@ def machine_limits(device: torch.device | str = "cpu") -> dict[str, float]:
     }
 
 
+def useful_threads() -> int:
+    """All of torch's threads, or 1 where they do not help: on a machine that others keep busy, threads that wait for each other
+    can make small work many times slower. Decided by a matrix product timed both ways, in turns; torch is left as it was."""
+    every = torch.get_num_threads()
+    if every == 1:
+        return 1
+    a = torch.randn(256, 256)
+    samples: dict[int, list[float]] = {1: [], every: []}
+    try:
+        for threads in (1, every) * 9:
+            torch.set_num_threads(threads)
+            a @ a  # the first product after a change wakes the threads
+            samples[threads].append(_sample(lambda: a @ a, 8, "cpu"))
+    finally:
+        torch.set_num_threads(every)
+    return 1 if statistics.median(samples[1]) < 0.9 * statistics.median(samples[every]) else every
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -124,16 +124,20 @@ class Planner:
         self.options, self.corpus, self.began = options, corpus, began
         self.mechanisms, self.timed = list(mechanisms), list(timed)
         self.machine = machine_stamp(options.device)
+        self.basis, self.who = basis_of(options, corpus, self.machine), who_of(self.timed)
+
+    def fits(self, old: Plan | None) -> bool:
+        """Whether a stored plan is the plan of exactly this comparison."""
+        return old is not None and (old.basis, old.who) == (self.basis, self.who)
 
     def make(self, sizes: dict[str, dict[str, build.Sized]], old: Plan | None = None) -> Plan:
         """A plan for the options. `old` itself where it rests on the same basis and mechanisms; its steps where only the
         mechanisms differ, so that trainings which are done stay comparable."""
-        basis, who = basis_of(self.options, self.corpus, self.machine), who_of(self.timed)
-        if old is not None and (old.basis, old.who) == (basis, who):
+        if old is not None and self.fits(old):
             return old
         plan = Plan(
-            basis=basis,
-            who=who,
+            basis=self.basis,
+            who=self.who,
             machine=self.machine,
             corpus=None if self.corpus is None else self.corpus.to_dict(),
             sizes={s: {m.label: of[m.label] for m in self.mechanisms} for s, of in sizes.items()},

@@ -110,10 +110,26 @@ class Results:
             "bits_low": min(bits, default=None),
             "bits_high": max(bits, default=None),
             "bits_error": mean([r["bits_error"] for r in runs if r["bits_error"] is not None]),
+            "bits_to_causal": self.bits_between(label, REFERENCE)[0],
+            "bits_to_causal_error": self.bits_between(label, REFERENCE)[1],
             "learning_rate": rate,
             "tokens": runs[0]["tokens"] if runs else None,
             "train_tokens_per_second": speed,
         }
+
+    def bits_between(self, label: str, other: str) -> tuple[float | None, float | None]:
+        """Bits per byte of `label` minus those of `other`, window by window over the same held-out text (means over seeds), and
+        the standard error of that difference. The error is that of the choice of windows; the choice of seeds is not in it."""
+        mine, theirs = self._window_bits(label), self._window_bits(other)
+        if not mine or len(mine) != len(theirs):
+            return None, None
+        gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+        return statistics.fmean(gaps), error
+
+    def _window_bits(self, label: str) -> list[float]:
+        runs, _ = best_rate(self.outcomes("text", label), "bits", min)
+        return [statistics.fmean(values) for values in zip(*(r["per_window"] for r in runs), strict=True)]
 
     def _recall_row(self, label: str) -> dict[str, Any]:
         runs, rate = best_rate(self.outcomes("recall", label), "accuracy", max)

@@ -133,12 +133,12 @@ def text_loss(model: Transformer, corpus: Corpus, batch: int, context: int, seed
 
 @dataclass(frozen=True)
 class HeldOut:
-    """bits: bits per byte over held-out windows; error: standard error over windows; by_position: (first, last, bits) of each
-    eighth of the context, so one can see what a longer context is worth."""
+    """bits: bits per byte over held-out windows; error: standard error over windows; per_window: bits of each, in one order for
+    all models, so that two can be compared window by window; by_position: (first, last, bits) of each eighth of the context."""
 
     bits: float
     error: float
-    windows: int
+    per_window: tuple[float, ...]
     by_position: tuple[tuple[int, int, float], ...]
 
 
@@ -156,7 +156,7 @@ def held_out_bits(model: Transformer, corpus: Corpus, windows: int, context: int
     error = float(per_window.std() / len(per_window) ** 0.5) if len(per_window) > 1 else math.nan
     edges = sorted({round(i * context / 8) for i in range(9)})
     by_position = tuple((a, b - 1, float(bits[:, a:b].mean())) for a, b in pairwise(edges))
-    return HeldOut(float(bits.mean()), error, len(per_window), by_position)
+    return HeldOut(float(bits.mean()), error, tuple(per_window.tolist()), by_position)
 
 
 # ---------------------------------------------------------------------------------------------------- recall

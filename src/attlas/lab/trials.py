@@ -109,6 +109,7 @@ class Trials:
                 "parameters": sized.parameters,
                 "bits": held.bits,
                 "bits_error": _number(held.error),
+                "per_window": [round(b, 5) for b in held.per_window],
                 "by_position": [list(p) for p in held.by_position],
                 "tokens": recipe.steps * per_step,
                 "seconds": done.seconds,

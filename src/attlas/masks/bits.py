@@ -16,8 +16,6 @@ def _byte_counts(device: torch.device) -> Tensor:
     return torch.tensor([i.bit_count() for i in range(256)], dtype=torch.uint8, device=device)
 
 
-
-
 def pack(bits: Tensor) -> Tensor:
     """bool [..., n] -> uint8 [..., n // 8]; n is a multiple of 8."""
     words = bits.contiguous().view(torch.int64)

@@ -170,7 +170,7 @@ class BlockMap:
         mask    what is allowed inside the chosen blocks, e.g. `Causal()`; None = everything
         grid    positions the mask is asked about; None = `Grid.dense(q_len, k_len)`
         """
-        check_blocks(block_q, block_k, f"BlockMap.from_blocks(q_len={q_len}, k_len={k_len}")
+        check_blocks("BlockMap.from_blocks", (q_len, k_len), block_q, block_k)
         grid = Grid.dense(q_len, k_len) if grid is None else grid
         if grid.shape != (q_len, k_len):
             raise ShapeError(f"BlockMap.from_blocks(q_len={q_len}, k_len={k_len}): the grid has {grid.shape} queries and keys")
@@ -226,25 +226,32 @@ class KeyMajorMap:
         return self.cols[lo:hi], self.tile_ids[lo:hi]
 
 
-def check_blocks(block_q: int, block_k: int, call: str) -> None:
-    """Block sizes that tiles can be packed for."""
-    if block_q < 1 or block_k < 8 or block_k % 8:
-        raise OptionError(f"{call}, block_q={block_q}, block_k={block_k}): block_q must be positive, block_k a positive multiple of 8")
+def check_blocks(call: str, shape: tuple[int, int], block_q: int, block_k: int) -> None:
+    """Raise OptionError for block sizes that tiles cannot be packed for."""
+    if not (isinstance(block_q, int) and isinstance(block_k, int) and block_q > 0 and block_k > 0 and block_k % 8 == 0):
+        sizes = f"block_q={block_q!r}, block_k={block_k!r}"
+        raise OptionError(f"{call}({shape[0]} x {shape[1]}, {sizes}): block_q must be positive, block_k a positive multiple of 8")
 
 
 def _chosen(blocks: Tensor | Sequence, nq: int, nk: int) -> Tensor:
     """bool [B|1, H|1, nq, nk]"""
     given = blocks if isinstance(blocks, Tensor) else _tensor(blocks)
     if given.ndim not in (2, 3, 4) or given.shape[-2] != nq or given.is_floating_point():
-        raise ShapeError(f"BlockMap.from_blocks(blocks {list(given.shape)} {given.dtype}): wanted [.., nq={nq}, ..] bools or indices")
+        raise ShapeError(
+            f"BlockMap.from_blocks(blocks {list(given.shape)} {given.dtype}): wanted [.., nq={nq}, ..] bools or indices"
+        )
     if given.dtype != torch.bool:
         if given.numel() and int(given.max()) >= nk:
-            raise ShapeError(f"BlockMap.from_blocks(blocks {list(given.shape)}): block {int(given.max())} of only {nk} blocks of keys")
+            raise ShapeError(
+                f"BlockMap.from_blocks(blocks {list(given.shape)}): block {int(given.max())} of only {nk} blocks of keys"
+            )
         index = given.long()
         index = torch.where(index < 0, nk, index)  # "none" goes to a column that is cut off
         given = torch.zeros(*index.shape[:-1], nk + 1, dtype=torch.bool, device=index.device).scatter_(-1, index, True)[..., :nk]
     elif given.shape[-1] != nk:
-        raise ShapeError(f"BlockMap.from_blocks(blocks {list(given.shape)} bool): wanted {nk} blocks of keys in the last dimension")
+        raise ShapeError(
+            f"BlockMap.from_blocks(blocks {list(given.shape)} bool): wanted {nk} blocks of keys in the last dimension"
+        )
     return given.reshape(*(1,) * (4 - given.ndim), *given.shape)
 
 
@@ -260,8 +267,7 @@ def _tensor(nested: Sequence) -> Tensor:
             return [padded(v) for v in value]
         return [*value, *[-1] * (width - len(value))]
 
-    deep = isinstance(nested[0], Sequence) if len(nested) else False
-    return torch.tensor([padded(v) for v in nested] if deep else padded(nested), dtype=torch.int64)
+    return torch.tensor(padded(nested), dtype=torch.int64)
 
 
 def _innermost(nested: Sequence) -> Iterator[Sequence]:

@@ -41,7 +41,7 @@ class Blocks(Leaf):
         return self.allowed.shape[0] if self.allowed.ndim == 3 else None
 
     @cached_property
-    def identity(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def identity(self) -> tuple[Any, ...]:
         digest = hashlib.blake2b(ctypes.string_at(self.allowed.data_ptr(), self.allowed.numel()), digest_size=16)
         return tuple(self.allowed.shape), digest.hexdigest(), self.block_size
 
@@ -120,30 +120,27 @@ class Random(Leaf):
         if self.span is not None and self.num_blocks > self.span:
             raise OptionError(f"{call}: cannot draw {self.num_blocks} distinct blocks from the {self.span} blocks of the span")
 
-    def draw(self, query_blocks: Tensor) -> list[Tensor]:
-        """The key blocks drawn for each query block, num_blocks tensors of that shape; -1 where there are not so many.
+    def draw(self, query_blocks: Tensor) -> Tensor:
+        """The key blocks drawn for each query block, int64 [..., num_blocks]; -1 where there are not so many.
 
         Floyd's algorithm: the i-th draw is uniform on [0, j], j = n - num_blocks + i, and is replaced by j when drawn before.
         """
-        n = query_blocks + 1 if self.span is None else torch.full_like(query_blocks, self.span)
-        few = n < self.num_blocks
-        drawn: list[Tensor] = []
-        for i in range(self.num_blocks):
-            j = n - self.num_blocks + i
-            pick = _hash(self.seed, query_blocks, i) % (j + 1).clamp(min=1)
-            for before in drawn:
-                pick = torch.where(pick == before, j, pick)
-            drawn.append(pick)
-        return [torch.where(few, torch.where(n > i, i, -1), pick) for i, pick in enumerate(drawn)]
+        n = (query_blocks + 1 if self.span is None else torch.full_like(query_blocks, self.span)).unsqueeze(-1)
+        turn = torch.arange(self.num_blocks, device=query_blocks.device)
+        j = n - self.num_blocks + turn
+        drawn = _hash(self.seed, query_blocks.unsqueeze(-1), turn) % (j + 1).clamp_(min=1)
+        for i in range(1, self.num_blocks):
+            before = (drawn[..., :i] == drawn[..., i : i + 1]).any(-1)
+            drawn[..., i] = torch.where(before, j[..., i], drawn[..., i])
+        return drawn if self.span is not None else torch.where(j >= turn, drawn, torch.where(turn < n, turn, -1))
 
     def evaluate(self, pairs: Pairs) -> Tensor:
         k = pairs.k // self.block_size
-        allowed: Tensor | None = None
-        for drawn in self.draw(pairs.q // self.block_size):
-            hit = k == drawn
-            allowed = hit if allowed is None else allowed | hit
-        assert allowed is not None
-        return allowed & (pairs.k >= 0)
+        drawn = self.draw(pairs.q // self.block_size)
+        allowed = k == drawn[..., 0]
+        for i in range(1, self.num_blocks):
+            allowed = allowed | (k == drawn[..., i])
+        return allowed & (k >= 0)
 
     def _list(self, box: Box) -> CellList:
         """The drawn blocks of all query blocks asked about (the last list is kept: one compile asks many times)."""
@@ -151,7 +148,7 @@ class Random(Leaf):
         kept: CellList | None = self.__dict__.get("_kept")
         if kept is None or lo < kept.row_lo or hi > kept.row_hi:
             rows = torch.arange(lo, hi + 1)
-            cols = torch.stack(self.draw(rows), 1)
+            cols = self.draw(rows)
             real = cols >= 0
             kept = CellList(rows[:, None].expand_as(cols)[real], cols[real], lo, hi)
             self.__dict__["_kept"] = kept
@@ -170,7 +167,7 @@ class Random(Leaf):
         if last - first >= 64:
             end = last + 1 if self.span is None else self.span
             return (0, end * self.block_size - 1) if end > 0 else None
-        drawn = torch.stack(self.draw(torch.arange(first, last + 1)))
+        drawn = self.draw(torch.arange(first, last + 1))
         drawn = drawn[drawn >= 0]
         if not len(drawn):
             return None
@@ -197,9 +194,10 @@ def _cell_keys(box: Box, size: int, contains: Callable[[Tensor, Tensor], Tensor]
     return TileKeys((box.q_lo % size, box.k_lo % size, bits & 0xFFFFFFFF, bits >> 32))
 
 
-def _hash(seed: int, block: Tensor, draw: int) -> Tensor:
-    """63 well-mixed bits of (seed, block, draw): the finaliser of splitmix64 (Steele et al., 2014) on a Weyl sequence."""
-    x = block * _signed(0x9E3779B97F4A7C15) + _signed(seed * 0xD1342543DE82EF95 + draw * 0x2545F4914F6CDD1D + 0x632BE59BD9B4E019)
+def _hash(seed: int, block: Tensor, turn: Tensor) -> Tensor:
+    """63 well-mixed bits of (seed, block, turn): the finaliser of splitmix64 (Steele et al., 2014) on a Weyl sequence."""
+    start = _signed(seed * 0xD1342543DE82EF95 + 0x632BE59BD9B4E019)
+    x = block * _signed(0x9E3779B97F4A7C15) + (turn * 0x2545F4914F6CDD1D + start)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift_right(x, shift)) * _signed(factor)
     return (x ^ _shift_right(x, 31)) & 0x7FFFFFFFFFFFFFFF

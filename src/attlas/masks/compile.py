@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ CACHE = BoundedCache(max_items=256, max_bytes=512 * 2**20)
 
 def block_map(mask: Mask, grid: Grid, block_q: int, block_k: int, device: torch.device | str | None) -> BlockMap:
     """`Mask.block_map`: from the cache, or compiled."""
-    check_blocks(block_q, block_k, f"({mask!r}).block_map({grid.shape}" if len(grid.q.segments) else f"({mask!r}).block_map(")
+    check_blocks("block_map", grid.shape, block_q, block_k)
     mask.check_on(grid)
     key = (mask, grid, block_q, block_k, str(device))
     found = CACHE.get(key)
@@ -135,7 +136,9 @@ def within(mask: Mask, grid: Grid, chosen: Tensor, block_q: int, block_k: int) -
     mask.check_on(grid)
     batch, heads = mask.batch or 1, mask.heads or 1
     sizes = [max(wanted, got) for wanted, got in zip((batch, heads), chosen.shape[:2], strict=True)]
-    if any(got not in (1, size) or wanted not in (1, size) for wanted, got, size in zip((batch, heads), chosen.shape, sizes)):
+    if any(n not in (1, sizes[0]) for n in (batch, chosen.shape[0])) or any(
+        n not in (1, sizes[1]) for n in (heads, chosen.shape[1])
+    ):
         raise ShapeError(f"blocks {list(chosen.shape)} chosen for {mask!r}, which needs {batch} batch rows and {heads} heads")
     grains = regular_grains(mask, grid, block_q, block_k)
     if mask.batch is None and mask.heads is None:
@@ -167,18 +170,18 @@ def count(mask: Mask, grid: Grid, block: int = 128) -> int:
     """`Mask.count`: full super-blocks are counted whole, partial blocks by their tiles; nothing is written out."""
     mask.check_on(grid)
     grains = regular_grains(mask, grid, block, block)
-    which: dict[Mask, int] = {}
-    for b in range(mask.batch or 1):
-        for h in range(mask.heads or 1):
-            one = mask.at(b, h)
-            which[one] = which.get(one, 0) + 1
-    return sum(times * sum(int(n.sum()) for _, n in counts_of(one, grains)) for one, times in which.items())
+    return sum(times * sum(int(n.sum()) for _, n in counts_of(one, grains)) for one, times in different(mask).items())
 
 
-def counts_of(mask: Mask, grains: Grains, top: int | None = None) -> Iterator[tuple[Blockset, Tensor]]:
-    """Blocks and the pairs allowed in them; no pair is counted twice, and no block is above level `top`."""
+def different(mask: Mask) -> dict[Mask, int]:
+    """The different masks of all batch rows and heads, and how many of these each is for."""
+    return Counter(mask.at(b, h) for b in range(mask.batch or 1) for h in range(mask.heads or 1))
+
+
+def counts_of(mask: Mask, grains: Grains) -> Iterator[tuple[Blockset, Tensor]]:
+    """Blocks of any level, each with the pairs allowed in it; no pair is counted twice."""
     maker = TileMaker(mask, grains, max(grains.q.tallest, 1), -(-max(grains.k.tallest, 1) // 8) * 8)
-    for found in descend(mask, grains, top):
+    for found in descend(mask, grains):
         for b in found.full:
             yield b, grains.q.level(b.row_level).tokens[b.i] * grains.k.level(b.column_level).tokens[b.j]
         state, tiles = maker.solve(found.i, found.j)

@@ -26,10 +26,10 @@ class Grains:
 
     def box(self, level: int, i: Tensor, j: Tensor) -> Box:
         q, k = self.q.level(level), self.k.level(level)
-        index: tuple[Tensor | None, ...] = (None,) * 4
-        if q.index_lo is not None and q.index_hi is not None and k.index_lo is not None and k.index_hi is not None:
-            index = (q.index_lo[i], q.index_hi[i], k.index_lo[j], k.index_hi[j])
-        return Box(q.lo[i], q.hi[i], k.lo[j], k.hi[j], *index, (q.lo, q.hi, i), (k.lo, k.hi, j))
+        qi_lo, qi_hi = (None if x is None else x[i] for x in q.index)
+        ki_lo, ki_hi = (None if x is None else x[j] for x in k.index)
+        sides = (q.lo, q.hi, i), (k.lo, k.hi, j)
+        return Box(q.lo[i], q.hi[i], k.lo[j], k.hi[j], qi_lo, qi_hi, ki_lo, ki_hi, *sides)
 
     def classify(self, mask: Mask, level: int, i: Tensor, j: Tensor) -> Tensor:
         """int8 EMPTY, PARTIAL or FULL for blocks (i, j) of a level; pairs of different sequences are not allowed."""
@@ -37,9 +37,9 @@ class Grains:
         if not self.packed:
             return status
         q, k = self.q.level(level), self.k.level(level)
-        assert q.sequence_lo is not None and q.sequence_hi is not None
-        assert k.sequence_lo is not None and k.sequence_hi is not None
-        q_lo, q_hi, k_lo, k_hi = q.sequence_lo[i], q.sequence_hi[i], k.sequence_lo[j], k.sequence_hi[j]
+        (q_first, q_last), (k_first, k_last) = q.sequences, k.sequences
+        assert q_first is not None and q_last is not None and k_first is not None and k_last is not None
+        q_lo, q_hi, k_lo, k_hi = q_first[i], q_last[i], k_first[j], k_last[j]
         same = ((q_lo <= k_hi) & (k_lo <= q_hi)).to(torch.int8) + ((q_lo == k_hi) & (q_hi == k_lo)).to(torch.int8)
         return torch.minimum(status, same)
 
@@ -79,12 +79,12 @@ class Found:
     j: Tensor
 
 
-def descend(mask: Mask, grains: Grains, top: int | None = None) -> Iterator[Found]:
-    """The bands of the grid, in order of rows. `mask` differs neither by batch row nor by head; no block is above level `top`."""
+def descend(mask: Mask, grains: Grains) -> Iterator[Found]:
+    """The bands of the grid, in order of rows. `mask` differs neither by batch row nor by head."""
     if not len(grains.q) or not len(grains.k):
         return
     level = 0
-    while level != top and grains.q.size(level) * grains.k.size(level) > ROOT:
+    while grains.q.size(level) * grains.k.size(level) > ROOT:
         level += 1
     rows, columns = grains.q.size(level), grains.k.size(level)
     i, j = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
@@ -134,5 +134,3 @@ def _subdivide(grains: Grains, level: int, i: Tensor, j: Tensor) -> tuple[Tensor
         inside = ((i < rows) & (j < cols)).nonzero().flatten()
         i, j = i[inside], j[inside]
     return i, j
-
-

@@ -51,7 +51,7 @@ class Dense(Leaf):
         return t.shape[-3] if t.ndim > 2 and t.shape[-3] != 1 and self._view is None else None
 
     @property
-    def identity(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def identity(self) -> tuple[Any, ...]:
         return id(self.tensor), self._view
 
     @property
@@ -102,12 +102,13 @@ class Dense(Leaf):
         """Squares with some element set, and squares with all (existing) elements set."""
         matrix = self._matrix
         cols = -(-matrix.shape[1] // CELL)
-        some, every = [], []
-        for strip in matrix.split(CELL):
-            for out, reduced, fill in ((some, strip.any(0), False), (every, strip.all(0), True)):
-                padded = torch.nn.functional.pad(reduced, (0, cols * CELL - matrix.shape[1]), value=fill).view(cols, CELL)
-                out.append((padded.any(1) if out is some else padded.all(1)).cpu())
-        return CellCounts(torch.stack(some)), CellCounts(torch.stack(every))
+
+        def cells(row: Tensor, fill: bool) -> Tensor:
+            return torch.nn.functional.pad(row, (0, cols * CELL - len(row)), value=fill).view(cols, CELL)
+
+        some = [cells(strip.any(0), False).any(1) for strip in matrix.split(CELL)]
+        every = [cells(strip.all(0), True).all(1) for strip in matrix.split(CELL)]
+        return CellCounts(torch.stack(some).cpu()), CellCounts(torch.stack(every).cpu())
 
     def classify_box(self, box: Box) -> Tensor:
         Tq, Tk = self._matrix.shape
@@ -123,7 +124,7 @@ class Dense(Leaf):
     def hull(self, q_lo: int, q_hi: int) -> Span | None:
         Tq, Tk = self.tensor.shape[-2:]
         rows = self._matrix[..., max(q_lo - (Tk - Tq), 0) : max(q_hi - (Tk - Tq) + 1, 0), :]
-        cols = rows.flatten(0, -2).any(0).nonzero().flatten() if rows.numel() else []
+        cols = rows.flatten(0, -2).any(0).nonzero().flatten() if rows.numel() else rows.new_empty(0)
         return (int(cols[0]), int(cols[-1])) if len(cols) else None
 
 
@@ -188,5 +189,3 @@ class PerHead(Leaf):
 def _version(tensor: Tensor) -> int:
     """Torch's count of in-place changes (inference tensors keep none)."""
     return 0 if tensor.is_inference() else tensor._version
-
-

@@ -63,7 +63,8 @@ class Mask(ABC):
         return self
 
     def check(self, grid: Grid) -> None:
-        """Raise when the mask cannot be asked about `grid`."""
+        """Raise when the mask cannot be asked about `grid`; most can be asked about any."""
+        return
 
     @property
     def held_bytes(self) -> int:
@@ -194,7 +195,9 @@ class Mask(ABC):
     def check_on(self, grid: Grid) -> None:
         """Raise ShapeError when the mask does not fit the grid."""
         if self.batch is not None and grid.packed:
-            raise ShapeError(f"{self!r} differs by batch row, and a packed grid of {grid.num_sequences} sequences has no batch dimension")
+            raise ShapeError(
+                f"{self!r} differs by batch row, and a packed grid of {grid.num_sequences} sequences has no batch dimension"
+            )
         self.check(grid)
 
 
@@ -242,11 +245,12 @@ class Compound(Mask):
         first, *others = self._by_effort
         status = first.classify_box(box)
         for m in others:
-            live = (status != settled).nonzero().flatten() if len(status) >= MANY else ()
-            if 0 < len(live) < 0.6 * len(status):
-                status[live] = join(status[live], m.classify_box(box.take(live)))
-            else:
-                status = join(status, m.classify_box(box))
+            if len(status) >= MANY:
+                live = (status != settled).nonzero().flatten()
+                if len(live) < 0.6 * len(status):
+                    status[live] = join(status[live], m.classify_box(box.take(live)))
+                    continue
+            status = join(status, m.classify_box(box))
         return status
 
     def __repr__(self) -> str:
@@ -358,7 +362,7 @@ class Leaf(Mask):
     """Base of the leaves: prints as a call with the options that were given."""
 
     @cached_property
-    def identity(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def identity(self) -> tuple[Any, ...]:
         return tuple(getattr(self, f.name) for f in fields(self))
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """Which absolute positions, and which sequences, the array indices of queries and keys stand for.
 
 Masks are functions of absolute positions and sequence ids, never of array indices: slot 0 of a rolling cache may hold position
-70,000. An `Axis` lists runs of consecutive positions in array order; a `Grid` pairs the axis of the queries with that of the keys.
+70,000. An `Axis` lists runs of consecutive positions in array order; a `Grid` pairs the axes of the queries and of the keys.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Axis:
         return torch.tensor(rows, dtype=torch.int64)
 
     def lookup(self, tokens: Tensor, row: int) -> Tensor:
-        """Position (row 1), sequence id (row 2) or in-sequence index (row 3) of array tokens; past the end: the last segment goes on."""
+        """Position (row 1), sequence id (row 2) or in-sequence index (row 3) of array tokens; past the end the last goes on."""
         if len(self.segments) == 1:
             s = self.segments[0]
             return torch.full_like(tokens, s.sequence) if row == 2 else tokens + (s.position if row == 1 else s.index)
@@ -170,7 +170,7 @@ class Grid:
 
     @classmethod
     def dense(cls, Tq: int, Tk: int) -> Grid:
-        """Keys 0 ... Tk-1 and queries Tk-Tq ... Tk-1: aligned to the end. With Tq > Tk the first queries have negative positions."""
+        """Keys 0 ... Tk-1, queries Tk-Tq ... Tk-1: aligned to the end. With Tq > Tk the first queries have negative positions."""
         if Tq < 0 or Tk < 0:
             raise ShapeError(f"Grid.dense({Tq}, {Tk}): lengths must not be negative")
         return cls(Axis((Segment(Tq, Tk - Tq),)), Axis((Segment(Tk, 0),)))

@@ -6,7 +6,6 @@ Below q and k are the absolute positions of a query and a key.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,7 +243,9 @@ class Fixed(Leaf):
         near = _same_block(box, b) != 0
         zero = torch.zeros_like(box.q_lo)
         q, k = box.of_q(lambda lo, hi: lo // b), box.of_k(lambda lo, hi: lo // b)
-        return TileKeys((near.long(), torch.where(near, box.q_lo - q * b, zero), box.k_lo - k * b, torch.where(near, q - k, zero)))
+        return TileKeys(
+            (near.long(), torch.where(near, box.q_lo - q * b, zero), box.k_lo - k * b, torch.where(near, q - k, zero))
+        )
 
     def hull(self, q_lo: int, q_hi: int) -> Span | None:
         return (None, None) if self.summary else Local(self.block).hull(q_lo, q_hi)
@@ -360,5 +361,3 @@ def _multiple_in(lo: Tensor, hi: Tensor, step: int) -> Tensor:
 def _same_block(box: Box, block: int) -> Tensor:
     (q_lo, q_hi), (k_lo, k_hi) = ((of(lambda lo, hi: lo // block), of(lambda lo, hi: hi // block)) for of in (box.of_q, box.of_k))
     return three_valued((q_lo <= k_hi) & (k_lo <= q_hi), (q_lo == k_hi) & (k_lo == q_hi))
-
-

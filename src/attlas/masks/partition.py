@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,35 +13,35 @@ FACTOR = 4  # blocks of one level that make one block of the next
 _FAR = 2**62
 
 
+Hull = tuple[Tensor | None, Tensor | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Level:
-    """Inclusive hulls of the blocks of one level, int64 [n]; hulls that nobody asks for are None."""
+    """Inclusive hulls of the positions, sequence ids and in-sequence indices of the blocks of one level, int64 [n] each.
+
+    Hulls that nobody asks for are (None, None).
+    """
 
     lo: Tensor
     hi: Tensor
     tokens: Tensor
-    sequence_lo: Tensor | None = None
-    sequence_hi: Tensor | None = None
-    index_lo: Tensor | None = None
-    index_hi: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.lo)
+    sequences: Hull = (None, None)
+    index: Hull = (None, None)
 
     def coarser(self) -> Level:
         """FACTOR blocks in one."""
 
-        def fold(values: Tensor | None, fill: int, how: str) -> Tensor | None:
-            if values is None:
-                return None
-            padded = torch.nn.functional.pad(values, (0, -len(values) % FACTOR), value=fill).view(-1, FACTOR)
-            return getattr(padded, how)(1)
+        def fold(values: Tensor, fill: int) -> Tensor:
+            return torch.nn.functional.pad(values, (0, -len(values) % FACTOR), value=fill).view(-1, FACTOR)
 
-        lows = [fold(x, _FAR, "amin") for x in (self.lo, self.sequence_lo, self.index_lo)]
-        highs = [fold(x, -_FAR, "amax") for x in (self.hi, self.sequence_hi, self.index_hi)]
-        tokens = fold(self.tokens, 0, "sum")
-        assert lows[0] is not None and highs[0] is not None and tokens is not None
-        return Level(lows[0], highs[0], tokens, lows[1], highs[1], lows[2], highs[2])
+        def hull(low: Tensor | None, high: Tensor | None) -> Hull:
+            if low is None or high is None:
+                return None, None
+            return fold(low, _FAR).amin(1), fold(high, -_FAR).amax(1)
+
+        lo, hi = fold(self.lo, _FAR).amin(1), fold(self.hi, -_FAR).amax(1)
+        return Level(lo, hi, fold(self.tokens, 0).sum(1), hull(*self.sequences), hull(*self.index))
 
 
 class Partition:
@@ -52,7 +51,8 @@ class Partition:
         self.axis = axis
         self.starts, self.ends = starts[:-1], starts[1:]
         self.tallest = int((self.ends - self.starts).max()) if len(self.starts) else 0
-        self.first_segment = self.pieces = None  # of every block; None: every block lies inside one segment
+        self.first_segment: Tensor | None = None  # of every block, and the number of its segments;
+        self.pieces: Tensor | None = None  # None: there is one segment in all
         self.levels = [self._one_segment(packed, index) if len(axis.segments) == 1 else self._many_segments(packed, index)]
 
     @classmethod
@@ -75,29 +75,30 @@ class Partition:
 
     def _one_segment(self, packed: bool, index: bool) -> Level:
         s = self.axis.segments[0]
-        sequence = torch.full_like(self.starts, s.sequence) if packed else None
         lo, hi = self.starts, self.ends - 1
+        one = torch.full_like(lo, s.sequence)
         own = (lo + s.index, hi + s.index) if index else (None, None)
-        return Level(lo + s.position, hi + s.position, self.ends - self.starts, sequence, sequence, *own)
+        return Level(lo + s.position, hi + s.position, self.ends - self.starts, (one, one) if packed else (None, None), own)
 
     def _many_segments(self, packed: bool, index: bool) -> Level:
         if not len(self):
             none = self.starts
-            return Level(*(none,) * 7)
+            return Level(none, none, none, (none, none), (none, none))
         ends, offset, sequence, index_offset = self.axis.table
         segment_starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         first = torch.searchsorted(ends, self.starts, right=True)
         last = torch.searchsorted(segment_starts, self.ends - 1, right=True) - 1
-        self.first_segment, self.pieces = first, last - first + 1
-        block = torch.repeat_interleave(torch.arange(len(self)), self.pieces)
-        segment = torch.arange(len(block)) - torch.repeat_interleave(self.pieces.cumsum(0) - self.pieces - first, self.pieces)
+        pieces = last - first + 1
+        self.first_segment, self.pieces = first, pieces
+        block = torch.repeat_interleave(torch.arange(len(self)), pieces)
+        segment = torch.arange(len(block)) - torch.repeat_interleave(pieces.cumsum(0) - pieces - first, pieces)
         lo = torch.maximum(self.starts[block], segment_starts[segment])
         hi = torch.minimum(self.ends[block], ends[segment]) - 1
 
-        def hull(low: Tensor, high: Tensor) -> Iterator[Tensor]:
-            for values, how, start in ((low, "amin", _FAR), (high, "amax", -_FAR)):
-                yield torch.full((len(self),), start).scatter_reduce_(0, block, values, how)
+        def hull(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+            least, most = torch.full((len(self),), _FAR), torch.full((len(self),), -_FAR)
+            return least.scatter_reduce_(0, block, low, "amin"), most.scatter_reduce_(0, block, high, "amax")
 
         ids = hull(sequence[segment], sequence[segment]) if packed else (None, None)
         own = hull(lo + index_offset[segment], hi + index_offset[segment]) if index else (None, None)
-        return Level(*hull(lo + offset[segment], hi + offset[segment]), self.ends - self.starts, *ids, *own)
+        return Level(*hull(lo + offset[segment], hi + offset[segment]), self.ends - self.starts, ids, own)

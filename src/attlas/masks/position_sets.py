@@ -105,8 +105,8 @@ class Global(Leaf):
         return three_valued(count > 0, count > hi - lo)
 
     def tile_keys(self, box: Box) -> TileKeys:
-        sides = [of(lambda lo, hi, n=n: self._side(lo, hi)[n]) for of in (box.of_q, box.of_k) for n in (0, 1)]
-        return TileKeys(tuple(sides))
+        offset, count = (lambda lo, hi: self._side(lo, hi)[0]), (lambda lo, hi: self._side(lo, hi)[1])
+        return TileKeys((box.of_q(offset), box.of_q(count), box.of_k(offset), box.of_k(count)))
 
     def _side(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """(offset, count) of the tokens in [lo, hi] when they are consecutive positions, else (lo, -1)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from attlas.cache.layer import Cache
 from attlas.errors import OptionError
 from attlas.models.layers import Memory
 from attlas.models.sampling import check_sampling, sample
-from attlas.models.transformer import Transformer
 from attlas.shapes import SeqInfo
+
+if TYPE_CHECKING:
+    from attlas.models.transformer import Transformer
 
 
 @torch.inference_mode()
@@ -55,11 +57,9 @@ def generate(
     longest = max((len(r) for r in rows), default=0) + max_new_tokens
     cache = model.new_cache(len(rows), longest, layout=layout, page_size=page_size) if use_cache and active else None
     while active:
-        new = [rows[b] if cache is None or not out[b] else [] for b in active]
-        fed = [n + (out[b] if cache is None else out[b][-1:]) for n, b in zip(new, active, strict=True)]
-        logits = _last_logits(
-            model, fed, active, cache, _rows_of(memory, active) if cache is None or not out[active[0]] else None
-        )
+        first = cache is None or not out[active[0]]  # what the cache does not hold yet: prompt and memory
+        fed = [(rows[b] if first else []) + (out[b] if cache is None else out[b][-1:]) for b in active]
+        logits = _last_logits(model, fed, active, cache, _rows_of(memory, active) if first else None)
         chosen = sample(logits, temperature, top_k, top_p, [generators[b] for b in active] if temperature else None).tolist()
         for b, token in zip(active, chosen, strict=True):
             out[b].append(token)

@@ -36,7 +36,9 @@ class HasToDict(Protocol):
 
 @dataclass(frozen=True)
 class Preset:
-    """model_type  what transformers calls the architecture
+    """One architecture of another library.
+
+    model_type     what transformers calls it
     config         fields -> configuration
     weights        configuration -> where each tensor of a checkpoint goes
     prefix         first part of the checkpoint's names, which headless checkpoints leave out
@@ -135,9 +137,10 @@ def _falcon(c: Fields) -> TransformerConfig:
     dim, heads = c.need("hidden_size"), c.need("num_attention_heads")
     new = c.get("new_decoder_architecture", default=False)
     kv = c.need("num_kv_heads") if new else (1 if c.get("multi_query", default=True) else heads)
-    positions: dict[str, Any] = {"rope": rope(c, dim // heads)}
     if c.get("alibi", default=False):
-        positions = {"rope": False, "score_mod": AlibiConfig((dim // heads) ** -0.5)}
+        positions: dict[str, Any] = {"rope": False, "score_mod": AlibiConfig((dim // heads) ** -0.5)}
+    else:
+        positions = {"rope": rope(c, dim // heads)}
     bias = c.get("bias", default=False)
     parallel = bool(new or c.get("parallel_attn", default=True))
     norms = (c.get("num_ln_in_parallel_attn") or 2) if new else 1
@@ -324,6 +327,6 @@ PRESETS: dict[str, Preset] = {
         Preset("gemma3_text", _gemma3, maps.gemma, "model."),
         Preset("bert", _bert, maps.bert, "bert.", _BERT_EXTRAS),
         Preset("roberta", _bert, maps.roberta, "roberta.", _BERT_EXTRAS),
-        Preset("t5", _t5, maps.t5, ""),
+        Preset("t5", _t5, maps.t5, "", ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)),
     )
 }

@@ -68,7 +68,7 @@ class Tokens:
             return Rows.of(tokens.unsqueeze(-1), seq, call)
         if tokens.dim() != 2 or seq is not None or mask.shape != tokens.shape:
             raise ShapeError(f"{call}: attention_mask goes with dense tokens [B, T] of its own shape, and not with seq")
-        return padded_rows(mask != 0, call)
+        return padded_rows((mask != 0).to(tokens.device), call)
 
     @staticmethod
     def _starts(

@@ -12,6 +12,7 @@ from attlas.cache.layer import Cache
 from attlas.errors import ShapeError, UnsupportedError
 from attlas.models.config import StackConfig, TransformerConfig
 from attlas.models.embedding import Embedding, Head
+from attlas.models.generate import generate
 from attlas.models.init import init_weights, seeded
 from attlas.models.layers import Layer, Memory, Step, make_norm
 from attlas.models.mixers import build_mixer
@@ -189,6 +190,8 @@ class Transformer(nn.Module):
         if memory is None and cache is None:
             raise ShapeError(f"Transformer: an encoder-decoder needs memory= or source=; got {describe(tokens=tokens)}")
         return Memory(memory) if isinstance(memory, Tensor) else memory
+
+    generate = generate  # as a method: model.generate(prompts, max_new_tokens, ...)
 
     # ---- caches -------------------------------------------------------------------------------------------------------------
 

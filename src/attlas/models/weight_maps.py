@@ -64,6 +64,12 @@ def linear(source: str, target: str, convert: Convert = as_it_is) -> tuple[Weigh
     return Weight(f"{source}.weight", (f"{target}.weight",), convert), Weight(f"{source}.bias", (f"{target}.bias",))
 
 
+def old_norm(source: str, target: str) -> tuple[Weight, ...]:
+    """A norm under today's names and under `.gamma`, `.beta`, which the first checkpoints of BERT still carry."""
+    old = Weight(f"{source}.gamma", (f"{target}.weight",)), Weight(f"{source}.beta", (f"{target}.bias",))
+    return *linear(source, target), *old
+
+
 def table(source: str, target: str) -> Weight:
     return Weight(f"{source}.weight", (f"{target}.weight",))
 
@@ -242,15 +248,15 @@ def _bert_body() -> tuple[Weight, ...]:
         table("embeddings.word_embeddings", "embed.tokens"),
         table("embeddings.position_embeddings", "embed.positions"),
         table("embeddings.token_type_embeddings", "embed.types"),
-        *linear("embeddings.LayerNorm", "embed.norm"),
+        *old_norm("embeddings.LayerNorm", "embed.norm"),
         *linear(f"{one}.attention.self.query", f"{E}.mixer.q_proj"),
         *linear(f"{one}.attention.self.key", f"{E}.mixer.k_proj"),
         *linear(f"{one}.attention.self.value", f"{E}.mixer.v_proj"),
         *linear(f"{one}.attention.output.dense", f"{E}.mixer.o_proj"),
-        *linear(f"{one}.attention.output.LayerNorm", f"{E}.norm_mixer"),
+        *old_norm(f"{one}.attention.output.LayerNorm", f"{E}.norm_mixer"),
         *linear(f"{one}.intermediate.dense", f"{E}.ffn.up"),
         *linear(f"{one}.output.dense", f"{E}.ffn.down"),
-        *linear(f"{one}.output.LayerNorm", f"{E}.norm_ffn"),
+        *old_norm(f"{one}.output.LayerNorm", f"{E}.norm_ffn"),
     )
 
 
@@ -258,7 +264,7 @@ def bert(config: TransformerConfig) -> tuple[Weight, ...]:
     return (
         *_bert_body(),
         *linear("cls.predictions.transform.dense", "head.dense"),
-        *linear("cls.predictions.transform.LayerNorm", "head.norm"),
+        *old_norm("cls.predictions.transform.LayerNorm", "head.norm"),
         Weight("cls.predictions.bias", ("head.bias",)),
         *_lm_head(config, "cls.predictions.decoder"),
     )

@@ -58,7 +58,7 @@ class DeltaNet(RecurrentMixer):
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         beta = self.beta_proj(x).sigmoid() * (2 if self.negative else 1)
         out, aux = scan(
-            l2_normalise(q), rows.mask(l2_normalise(k)), rows.mask(v), beta=rows.mask(beta), initial_state=states[0], form=self.form,
+            l2_normalise(q), rows.mask(l2_normalise(k)), rows.mask(v), delta=rows.mask(beta), initial_state=states[0], **self.how,
             return_aux=AuxRequest(state=True),
         )  # fmt: skip
         return self.o_proj(self.norm(out).flatten(-2)), (aux.state, tail)
@@ -126,8 +126,8 @@ class GatedDeltaNet(RecurrentMixer):
         wide = states[0].dtype
         log_decay = -self.log_rate.to(wide).exp() * F.softplus(self.decay_proj(x).to(wide) + self.dt_bias.to(wide))
         out, aux = scan(
-            q, rows.mask(k), rows.mask(v), log_decay=rows.mask(log_decay), beta=rows.mask(self.beta_proj(x).sigmoid()),
-            initial_state=states[0], form=self.form, return_aux=AuxRequest(state=True),
+            q, rows.mask(k), rows.mask(v), log_decay=rows.mask(log_decay), delta=rows.mask(self.beta_proj(x).sigmoid()),
+            initial_state=states[0], **self.how, return_aux=AuxRequest(state=True),
         )  # fmt: skip
         z = self.z_proj(x).unflatten(-1, (self.num_heads, -1))
         return self.o_proj(self.norm(out, z).flatten(-2)), (aux.state, tail)

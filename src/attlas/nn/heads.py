@@ -75,7 +75,7 @@ def cross(
     return CrossAttention(
         dim, num_heads, memory_dim=memory_dim, num_kv_heads=num_kv_heads, head_dim=head_dim, scale=scale, bias=bias,
         qk_norm=qk_norm, sink=sink, attend=attend,
-    ).named("cross")  # type: ignore[return-value]  # fmt: skip
+    ).named("cross")  # fmt: skip
 
 
 def multi_head(

@@ -57,7 +57,7 @@ class LinearTransformer(RecurrentMixer):
         v = rows.mask(v).to(q.dtype)
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # the column of ones sums phi(k): the denominator
         if self.causal:
-            out, aux = scan(q, k, v, initial_state=states[0], scale=1.0, form=self.form, return_aux=AuxRequest(state=True))
+            out, aux = scan(q, k, v, initial_state=states[0], scale=1.0, **self.how, return_aux=AuxRequest(state=True))
             states = (aux.state,)
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -77,7 +77,7 @@ class Mamba2(RecurrentMixer):
         step = rows.mask(F.softplus(dt.to(wide) + self.dt_bias.to(wide)))
         out, aux = scan(
             query.to(wide), key.to(wide), step[..., None] * value, log_decay=-self.log_rate.to(wide).exp() * step, initial_state=states[0],
-            scale=1.0, form=self.form, return_aux=AuxRequest(state=True),
+            scale=1.0, **self.how, return_aux=AuxRequest(state=True),
         )  # fmt: skip
         y = (out + self.skip.to(wide)[:, None] * value).to(x.dtype).flatten(-2)
         groups = (self.num_groups, -1)

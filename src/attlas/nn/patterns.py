@@ -15,6 +15,7 @@ from attlas.masks.expr import Mask
 from attlas.masks.leaves import Causal, Dilated, Local, Window
 from attlas.masks.position_sets import Global
 from attlas.nn.attention import Attend, Attention
+from attlas.nn.rearranged import DilatedAttention
 from attlas.nn.streaming import StreamingAttention
 from attlas.ops.attention import attention
 from attlas.positions.rope import Rope
@@ -105,10 +106,13 @@ def dilated_window(
         raise OptionError(
             f"dilated-window(dim={dim}, num_heads={num_heads}, window={window}, dilation={dilation}): both at least 1"
         )
-    return Attention(
-        dim, num_heads, mask=_causal(Dilated(window - 1, 0 if causal else window - 1, dilation), 0 if causal else None),
-        num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
+    pattern = Dilated(window - 1, 0 if causal else window - 1, dilation)
+    mixer = DilatedAttention(
+        dim, num_heads, mask=_causal(pattern, pattern.right), num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope,
+        scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
     ).named("dilated-window")  # fmt: skip
+    mixer.pattern = pattern if causal and dilation > 1 else None
+    return mixer
 
 
 def global_tokens(
@@ -160,7 +164,7 @@ def streaming(
     return StreamingAttention(
         dim, num_heads, window=window, sinks=sinks, sink_positions=sink_positions, num_kv_heads=num_kv_heads, head_dim=head_dim,
         rope=rope, scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
-    ).named("streaming")  # type: ignore[return-value]  # fmt: skip
+    ).named("streaming")  # fmt: skip
 
 
 def alibi(

@@ -56,9 +56,9 @@ class RecurrentMixer(Mixer):
     uses_positions = False
 
     @property
-    def form(self) -> str:
-        """The form of ops.scan that `use` has chosen; "reference" is the quadratic one, brute force."""
-        return {"reference": "parallel"}.get(self.impl, self.impl)
+    def how(self) -> dict[str, str]:
+        """The `form` and `impl` of ops.scan that `use` has chosen; "reference" is the quadratic form, brute force."""
+        return {"form": "parallel" if self.impl == "reference" else "auto", "impl": self.impl}
 
     @abstractmethod
     def state_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -65,7 +65,7 @@ class Retention(RecurrentMixer):
             rows.mask(v),
             log_decay=rows.mask(decay),
             initial_state=states[0],
-            form=self.form,
+            **self.how,
             return_aux=AuxRequest(state=True),
         )
         y = self.norm(out).flatten(-2) * F.silu(self.g_proj(x))
@@ -134,7 +134,7 @@ class GatedLinearAttention(RecurrentMixer):
         gate = self.gate_up(self.gate_down(x)).unflatten(-1, (self.num_heads, -1)).to(states[0].dtype)
         log_decay = F.logsigmoid(gate) / self.gate_normaliser
         out, aux = scan(
-            q, rows.mask(k), rows.mask(v), log_decay=rows.mask(log_decay), initial_state=states[0], form=self.form,
+            q, rows.mask(k), rows.mask(v), log_decay=rows.mask(log_decay), initial_state=states[0], **self.how,
             return_aux=AuxRequest(state=True),
         )  # fmt: skip
         return self.o_proj(self.norm(out, z).flatten(-2)), (aux.state,)

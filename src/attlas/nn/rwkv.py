@@ -151,7 +151,7 @@ class Rwkv6(_MatrixRwkv):
         decay = (self.decay + torch.tanh(xw @ self.decay_down) @ self.decay_up).to(wide)
         out, aux = scan(
             self._heads(self.r_proj(xr)), rows.mask(self._heads(self.k_proj(xk))), self._heads(self.v_proj(xv)),
-            log_decay=rows.mask(self._heads(-decay.exp())), bonus=self.bonus, initial_state=states[0], scale=1.0, form=self.form,
+            log_decay=rows.mask(self._heads(-decay.exp())), bonus=self.bonus, initial_state=states[0], scale=1.0, **self.how,
             return_aux=AuxRequest(state=True),
         )  # fmt: skip
         return self.o_proj(self._normed(out) * F.silu(self.g_proj(xg))), (aux.state, rows.last(x, states[1]))
@@ -197,8 +197,8 @@ class Rwkv7(_MatrixRwkv):
         k = rows.mask(k * (1 + (rate - 1) * self.k_a))
         r, k, v = self._heads(self.r_proj(xr)), self._heads(k), self._heads(self.v_proj(xv))
         out, aux = scan(
-            r, k, v, log_decay=rows.mask(self._heads(log_decay)), low_rank=(-erased, erased * self._heads(rate)), initial_state=states[0],
-            scale=1.0, form=self.form, return_aux=AuxRequest(state=True),
+            r, k, v, log_decay=rows.mask(self._heads(log_decay)), delta=(-erased, erased * self._heads(rate)), initial_state=states[0],
+            scale=1.0, **self.how, return_aux=AuxRequest(state=True),
         )  # fmt: skip
         y = self._normed(out) + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(-2)
         gate = torch.sigmoid(xg @ self.gate_down) @ self.gate_up

@@ -13,6 +13,7 @@ from torch import Tensor
 from attlas.errors import OptionError
 from attlas.masks import Blocks, Causal, Fixed, Mask, PerHead, Strided, Window
 from attlas.nn.attention import Attend, Attention
+from attlas.nn.rearranged import FixedAttention, StridedAttention
 from attlas.ops.attention import attention
 from attlas.positions.rope import Rope
 
@@ -44,10 +45,12 @@ def strided(
     pattern: Mask = near | far
     if per_head:
         pattern = PerHead(tuple(far if h % 2 else near for h in range(num_heads)))
-    return Attention(
+    mixer = StridedAttention(
         dim, num_heads, mask=Causal() & pattern if causal else pattern, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope,
         scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
     ).named("strided")  # fmt: skip
+    mixer.stride = stride if causal and not per_head else 0
+    return mixer
 
 
 def fixed(
@@ -74,10 +77,12 @@ def fixed(
     if block < 1 or not 0 <= summary <= block:
         raise OptionError(f"{call}: block must be at least 1 and summary between 0 and block")
     pattern = Fixed(block, summary)
-    return Attention(
+    mixer = FixedAttention(
         dim, num_heads, mask=Causal() & pattern if causal else pattern, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope,
         scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
     ).named("fixed")  # fmt: skip
+    mixer.pattern = pattern if causal else None
+    return mixer
 
 
 def block_sparse(
@@ -95,8 +100,8 @@ def block_sparse(
     qk_norm: bool = False,
     attend: Attend = attention,
 ) -> Attention:
-    """Blocks of `block_size` queries see the blocks of keys that `layout` marks: bool [query blocks, key blocks], or with a leading
-    dimension one layout per head; also rows written as strings, ("100", "110", "011").
+    """Blocks of `block_size` queries see the blocks of keys that `layout` marks: bool [query blocks, key blocks], or with a
+    leading dimension one layout per head; also rows written as strings, ("100", "110", "011").
 
     mask Causal() & Blocks(layout, block_size); tokens past the layout see nothing and are not seen; cache grows (a layout says
     nothing about a bounded reach); marked blocks times block_size^2 pairs. Source: Qiu et al. 2019, arXiv 1911.02972.

@@ -32,6 +32,15 @@ class Held(Protocol):
     def axis(self) -> Axis: ...
 
 
+class Table(Protocol):
+    """Storage [P, page_size, ...] of keys and values, and the int32 [rows, blocks] that says where each row's tokens lie."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+    @property
+    def block_table(self) -> Tensor: ...
+
+
 class KeyValuePart(Protocol):
     """What `attention_cached` asks of a cache part (attlas.cache.part.Part has it)."""
 
@@ -41,6 +50,7 @@ class KeyValuePart(Protocol):
     def lengths(self) -> tuple[int, ...]: ...
     def read(self, row: int, span: Span | None = None) -> Held: ...
     def read_dense(self, rows: Sequence[int], span: Span | None = None) -> Held | None: ...
+    def read_table(self, rows: Sequence[int]) -> Table | None: ...
     def missing(self, row: int) -> tuple[int, int]: ...
 
 
@@ -128,39 +138,49 @@ class _Reader:
     impl: str
     need_lse: bool
 
-    def together(self) -> tuple[Tensor, Tensor | None] | None:
-        """One dense call over all rows; None when they do not stand alike or have no common view."""
-        lengths, rows = self.seq.lengths, self.seq.rows
-        if len(rows) < 2 or not lengths[0] or len(set(lengths)) > 1 or len(set(self.first)) > 1:
-            return None
-        span = self._span(self.mask, self.first[0], lengths[0])
-        held = self.part.read_dense(rows, span)
-        if held is None:
-            return None
-        self._check_dropped(self.mask, rows[0], self.first[0], lengths[0])  # rows with a common view lack the same positions
-        q = self.q.unflatten(0, (len(rows), lengths[0]))
-        out, lse = self._run(q, held.tensors, self.first[0], held.axis, self.mask, self.score_mod)
-        return out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)
-
-    def one_by_one(self) -> tuple[Tensor, Tensor | None]:
-        """A call per sequence."""
-        outs, lses, at = [], [], 0
-        for i, (row, first, n) in enumerate(zip(self.seq.rows, self.first, self.seq.lengths, strict=True)):
-            if not n and self.seq.total:
-                continue
-            mask, score_mod = _row_mask(self.mask, i), _row_mod(self.score_mod, i)
-            self._check_dropped(mask, row, first, n)
-            held = self.part.read(row, self._span(mask, first, n))
-            one = tuple(t[None] for t in held.tensors)
-            out, lse = self._run(self.q[None, at : at + n], one, first, held.axis, mask, score_mod)
-            outs.append(out[0])
-            lses.append(None if lse is None else lse[0])
-            at += n
-        if len(outs) == 1:
-            return outs[0], lses[0]
-        if not outs:
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Decode over the storage where the kernel can; the others in one dense call, or one by one."""
+        results = self._over_storage()
+        if not results:
+            dense = self._together()
+            if dense is not None:
+                return dense
+        results |= self._one_by_one([i for i in range(self.seq.num_sequences) if i not in results])
+        if not results:
             return self._nothing()
-        return torch.cat(outs), torch.cat([lse for lse in lses if lse is not None]) if self.need_lse else None
+        outs = [results[i] for i in sorted(results)]
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat([out for out, _ in outs]), torch.cat([lse for _, lse in outs if lse is not None]) if self.need_lse else None
+
+    def _over_storage(self) -> Results:
+        """Sequences whose queries are their last few tokens, by one kernel call for each number of queries. Which way a sequence
+        takes depends on itself alone."""
+        few = [i for i, n in enumerate(self.seq.lengths) if 0 < n <= FEW_QUERIES]
+        seen = self.part.lengths
+        few = [i for i in few if self.first[i] + self.seq.lengths[i] == seen[self.seq.rows[i]]]
+        if not few or (self.mask is not None and self.mask.batch is not None):
+            return {}
+        options = {"mask": self.mask, "score_mod": self.score_mod, "scale": self.scale, "sink": self.sink}
+        rule = rule_for(self.q, impl=self.impl, **options)  # type: ignore[arg-type]
+        if rule is None:
+            return {}
+        offsets = [0, *accumulate(self.seq.lengths)]
+        results: Results = {}
+        for n in sorted({self.seq.lengths[i] for i in few}):
+            group = [i for i in few if self.seq.lengths[i] == n and self.part.missing(self.seq.rows[i]) == (0, 0)]
+            rows = [self.seq.rows[i] for i in group]
+            table = self.part.read_table(rows) if group else None
+            if table is None or len(table.tensors) != 2 or any(t.dtype != self.q.dtype for t in table.tensors):
+                continue
+            whole = len(group) == self.seq.num_sequences
+            q = self.q.unflatten(0, (-1, n)) if whole else torch.stack([self.q[offsets[i] : offsets[i] + n] for i in group])
+            self._call(q[:1, :0], tuple(t[:1, :0] for t in table.tensors), 0, Axis(()), None, None)  # checks shapes and options
+            out, lse = decode_pages(q, (table.tensors[0], table.tensors[1]), table.block_table, tuple(seen[r] for r in rows), rule)
+            if whole and n:
+                return {0: (out.flatten(0, 1), lse.flatten(0, 1) if self.need_lse else None)}
+            results |= {i: (out[j], lse[j] if self.need_lse else None) for j, i in enumerate(group)}
+        return results
 
     def _nothing(self) -> tuple[Tensor, Tensor | None]:
         """The result of a call without sequences."""

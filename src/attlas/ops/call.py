@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attlas.errors import OptionError, ShapeError
 from attlas.masks.expr import Mask
-from attlas.masks.geometry import Grid
+from attlas.masks.geometry import Axis, Grid
 from attlas.scores import ScoreMod
 from attlas.shapes import SeqInfo, describe
 
@@ -51,6 +51,17 @@ class AttentionCall:
         mods = () if self.score_mod is None else self.score_mod.tensors()
         return (self.sink is not None and self.sink.requires_grad) or any(t.requires_grad for t in mods)
 
+    def folded(self) -> AttentionCall:
+        """A packed call whose sequences all look alike as a dense call [N, T, heads, dim], by views; any other call as it is.
+
+        The results of the folded call, flattened over its first two dimensions, are those of the packed one.
+        """
+        rows = _alike(self.grid) if self.packed else None
+        if rows is None or (self.score_mod is not None and self.score_mod.batch is not None):
+            return self
+        q, k, v = (x.unflatten(0, (rows, x.shape[0] // rows)) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, grid=_first_sequence(self.grid) if rows > 1 else self.grid, packed=False)
+
     def restate(self) -> str:
         """The call in words, for error messages."""
         options = {"mask": self.mask, "score_mod": self.score_mod, "scale": self.scale}
@@ -62,6 +73,23 @@ def restate(q: Tensor, k: Tensor, v: Tensor, sink: object, options: dict[str, ob
     said = [describe(**{n: t}) if isinstance(t, Tensor) else f"{n}={t!r}" for n, t in tensors.items() if t is not None]
     said += [f"{name}={value!r}" for name, value in options.items() if value is not None]
     return f"attention({', '.join(said)}{', ' + extra if extra else ''})"
+
+
+@lru_cache(maxsize=256)
+def _alike(grid: Grid) -> int | None:
+    """Number of sequences of a packed grid if all have the same lengths and positions, one after the other."""
+    if grid.num_sequences == 1 and len(grid.q) and len(grid.k):
+        return 1
+    q, k = grid.q.segments, grid.k.segments
+    if len(q) != len(k) or not q:
+        return None
+    same = all(a.sequence == b.sequence for a, b in zip(q, k, strict=True)) and len(grid.q.ids) == len(q)
+    kinds = {(s.length, s.position, s.index) for s in q}, {(s.length, s.position, s.index) for s in k}
+    return len(q) if same and len(kinds[0]) == len(kinds[1]) == 1 else None
+
+
+def _first_sequence(grid: Grid) -> Grid:
+    return Grid(Axis(grid.q.segments[:1]), Axis(grid.k.segments[:1]))
 
 
 @lru_cache(maxsize=1024)

@@ -15,6 +15,7 @@ from torch import Tensor
 from attlas.errors import UnknownNameError, UnsupportedError
 from attlas.kernels.adapters import sdpa
 from attlas.kernels.blocked import softmax as blocked
+from attlas.kernels.cpu import attention as cpu
 from attlas.masks.expr import All
 from attlas.ops.call import AttentionCall
 from attlas.reference import softmax as reference
@@ -59,6 +60,33 @@ def _sdpa_steps_aside(call: AttentionCall) -> str | None:
     return sdpa.slower_here(call.q, call.k, call.v)
 
 
+def _cpu_supports(call: AttentionCall) -> str | None:
+    return cpu.unsupported(
+        call.q, call.k, call.v, mask=call.mask, grid=call.grid, score_mod=call.score_mod, needs_grad=call.needs_grad
+    )
+
+
+def _cpu_steps_aside(call: AttentionCall) -> str | None:
+    return cpu.untraceable(call.mask, call.score_mod)
+
+
+def _cpu_run(call: AttentionCall) -> Result:
+    q, k, v = (x[None] if call.packed else x for x in (call.q, call.k, call.v))
+    out, lse = cpu.attention(
+        q,
+        k,
+        v,
+        mask=call.mask,
+        grid=call.grid,
+        score_mod=call.score_mod,
+        scale=call.scale,
+        sink=call.sink,
+        needs_grad=call.needs_grad,
+    )
+    lse_wanted = lse if call.need_lse else None
+    return (out[0], None if lse_wanted is None else lse_wanted[0]) if call.packed else (out, lse_wanted)
+
+
 def _blocked_run(call: AttentionCall) -> Result:
     q, k, v = (x[None] if call.packed else x for x in (call.q, call.k, call.v))
     out, lse = blocked.attention(
@@ -94,6 +122,7 @@ def _reference_run(call: AttentionCall) -> Result:
 
 IMPLS: dict[str, tuple[Impl, ...]] = {
     "attention": (
+        Impl("cpu", _cpu_supports, _cpu_run, _cpu_steps_aside),
         Impl("sdpa", _sdpa_supports, _sdpa_run, _sdpa_steps_aside),
         Impl("blocked", _never, _blocked_run),
         Impl("reference", _never, _reference_run),
@@ -103,7 +132,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
 
 def choose(call: AttentionCall, impl: str = "auto", op: str = "attention") -> Impl:
     """The implementation that runs. UnknownNameError, UnsupportedError."""
-    table = IMPLS[op]
+    table, call = IMPLS[op], call.folded()
     if impl == "auto":
         for candidate in table:
             if candidate.steps_aside(call) is None and candidate.supports(call) is None:
@@ -124,5 +153,8 @@ def run_call(call: AttentionCall, impl: str = "auto") -> Result:
 
     out [B, Tq, H, Dv] or packed [Tq, H, Dv]; lse [B, Tq, H] or [Tq, H], natural log.
     """
-    chosen = choose(call, impl)
-    return chosen.run(call)
+    inner = call.folded()
+    out, lse = choose(inner, impl).run(inner)
+    if inner is call:
+        return out, lse
+    return out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)

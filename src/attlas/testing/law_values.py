@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from attlas.testing.budget import assert_budget, assert_same
 from attlas.testing.inputs import BATCH, LONG, SHORT, longest, randn
@@ -47,7 +48,10 @@ def gradcheck(s: Subject) -> None:
         return torch.func.functional_call(mixer, dict(zip(names, rest[len(memory) :], strict=True)), (x,), extra)
 
     inputs = [randn(1, 7, s.dim), *memory.values(), *(p.detach().clone() for _, p in mixer.named_parameters())]
-    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in inputs], fast_mode=True, atol=1e-6)
+    try:
+        torch.autograd.gradcheck(run, [t.requires_grad_() for t in inputs], fast_mode=True, atol=1e-6)
+    except GradcheckError as error:
+        raise AssertionError(f"{s.name}: {error}") from error
 
 
 def dtypes(s: Subject) -> None:
@@ -65,8 +69,7 @@ def dtypes(s: Subject) -> None:
 
 def degenerate(s: Subject) -> None:
     """Under the card's degenerate options it computes what the simpler mechanism computes with the same weights."""
-    if s.degenerate is None:
-        return
+    assert s.degenerate is not None
     options, factory, plain_options = s.degenerate
     mixer = s.make(**options)
     shared = {k: s.options[k] for k in ("dim", "num_heads", "head_dim") if k in s.options}
@@ -103,7 +106,10 @@ def compiles(s: Subject) -> None:
     x, memory = randn(BATCH, SHORT, s.dim), s.memory(mixer, BATCH)
     want = _gradients(mixer, x, memory)
     mixer.compile(fullgraph=True, backend="aot_eager")
-    got = _gradients(mixer, x, memory)
+    try:
+        got = _gradients(mixer, x, memory)
+    except RuntimeError as error:
+        raise AssertionError(f"{s.name} does not compile in one graph: {str(error)[:1000]}") from error
     for what in want:
         assert_same(got[what], want[what], f"{s.name}, compiled: {what}")
     torch._dynamo.reset()

@@ -1,7 +1,7 @@
 """The laws: what every mixer of the catalogue keeps. Each is a function of a `Subject` that raises AssertionError when it is
 broken.
 
-for law in laws_for(subject.supports):
+for law in laws_for(subject.claims):
     LAWS[law].check(subject)
 """
 
@@ -28,7 +28,7 @@ LAWS: Mapping[str, Law] = MappingProxyType(
         "reference": Law(law_values.reference),
         "gradcheck": Law(law_values.gradcheck, "backward"),
         "dtypes": Law(law_values.dtypes),
-        "degenerate": Law(law_values.degenerate),
+        "degenerate": Law(law_values.degenerate, "degenerate"),
         "noncontiguous": Law(law_values.noncontiguous),
         "compile": Law(law_values.compiles, "compile"),
         "causal": Law(law_order.causal, "causal"),
@@ -40,9 +40,10 @@ LAWS: Mapping[str, Law] = MappingProxyType(
         "positions": Law(law_order.positions),
         "empty": Law(law_order.empty),
         "decode": Law(law_cache.decode, "decode"),
-        "unwritten-slots": Law(law_cache.unwritten_slots, "decode"),
+        "decode-dtypes": Law(law_cache.decode_dtypes, "decode"),
+        "unwritten-slots": Law(law_cache.unwritten_slots, "stores-tokens"),
         "ragged-paged": Law(law_cache.ragged_paged, "decode"),
-        "rollback": Law(law_cache.rollback, "decode"),
+        "rollback": Law(law_cache.rollback, "extends-itself"),
         "cache-bytes": Law(law_cache.cache_bytes, "decode"),
         "liveness": Law(law_contract.liveness),
         "flops": Law(law_contract.flops),
@@ -51,7 +52,7 @@ LAWS: Mapping[str, Law] = MappingProxyType(
 )
 
 
-def laws_for(supports: Iterable[str]) -> tuple[str, ...]:
-    """The names of the laws that apply to a mixer with these claims."""
-    claims = set(supports)
+def laws_for(claims: Iterable[str]) -> tuple[str, ...]:
+    """The names of the laws that apply to a mixer with these claims (`Subject.claims`)."""
+    claims = set(claims)
     return tuple(name for name, law in LAWS.items() if not law.needs or law.needs in claims)

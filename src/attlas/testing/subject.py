@@ -49,6 +49,22 @@ class Subject:
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.factory).parameters
 
+    @property
+    def claims(self) -> frozenset[str]:
+        """What the laws ask for: `supports`, and what follows from the mixer itself: "degenerate" (a degenerate setting is
+        given), "stores-tokens" (decodes with a cache of per-token tensors), "extends-itself" (decodes, and its cache holds its
+        own tokens)."""
+        found = set(self.supports)
+        if self.degenerate is not None:
+            found.add("degenerate")
+        if "decode" in self.supports:
+            decoder = self.make(claim="decode")
+            if all(spec.kind != "state" for spec in decoder.cache_specs()):
+                found.add("stores-tokens")
+            if decoder.memory_use == "none":
+                found.add("extends-itself")
+        return frozenset(found)
+
     def make(self, *, dtype: torch.dtype = torch.float64, seed: int = 7, claim: str = "", **changes: Any) -> Any:
         """A mixer in eval mode with seeded weights. `claim` adds the options that turn a claim on."""
         options = {**self.options, **self.options_for.get(claim, {}), **changes}

@@ -33,10 +33,11 @@ CARDS = (
         cache="2 h d_h per token: every key is in some later query's column",
         caveats=(
             "one softmax over the union; per_head=True gives each head one of the two sets, as the paper also tries",
-            "block-wise implementations skip whole tiles only, so a stride below the tile size saves nothing",
+            "the cost holds for dense causal sequences, which are regrouped by residue; packed, bidirectional and per_head "
+            "calls go through the mask, where a stride below the tile size saves nothing",
         ),
         mixer="attlas.nn.sparse_transformer:strided",
-        level=2,
+        level=3,
         pattern=Causal() & (Window.last(4) | Strided(4)),
         example={**_SMALL, "stride": 5},
         degenerate=Degenerate({"stride": 1}),
@@ -55,10 +56,11 @@ CARDS = (
         cache="2 h d_h per token; c / l of that would be enough beyond the current block",
         caveats=(
             "all heads use the same summary columns; the released code gives each head its own",
-            "block-wise implementations skip whole tiles only, so blocks below the tile size save nothing",
+            "the cost holds for dense causal sequences, whose summaries are gathered; packed and bidirectional calls go through "
+            "the mask, where blocks below the tile size save nothing",
         ),
         mixer="attlas.nn.sparse_transformer:fixed",
-        level=2,
+        level=3,
         pattern=Causal() & Fixed(4, 1),
         example={**_SMALL, "block": 5, "summary": 2},
         degenerate=Degenerate({"block": _WIDE}),

@@ -57,7 +57,7 @@ class Chunk:
         x = x[self.b0 : self.b1, :, self.h0 : self.h1].transpose(1, 2).to(dtype)
         if x.stride(-1) != 1:
             x = x.contiguous()
-        return x[0] if x.shape[0] == 1 else x.reshape(-1, *x.shape[-2:])
+        return x[0] if x.shape[0] == 1 else x.flatten(0, 1)  # not reshape(-1, ...): there may be no elements
 
     def load(self, x: Tensor, q0: int, q1: int, dtype: torch.dtype) -> Tensor:
         """Query-side [B, Tq, H, D] as a fresh [units, group * queries, D]."""

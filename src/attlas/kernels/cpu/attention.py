@@ -26,13 +26,29 @@ def unsupported(
     """Why the core cannot run the call, None = it can."""
     if q.device.type != "cpu":
         return f"it runs on the cpu, not on {q.device.type}"
-    if load() is None:
-        return status()
+    missing = _missing()
+    if missing is not None:
+        return missing
     if q.dtype not in launch.DTYPES:
         return f"it has no {q.dtype} kernels"
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
         return f"it has head dims up to {MAX_DIM}"
     return None if score_mod is None else _refused(score_mod, q, k, grid)
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    return status() if load() is None else None
+
+
+def untraceable(mask: Mask | None, score_mod: ScoreMod | None) -> str | None:
+    """Why a call inside torch.compile should go elsewhere: a mask is compiled to a BlockMap by code that cannot be traced.
+
+    With a BlockMap made outside the compiled function, `torch_ops.cpu_attention` runs in one graph.
+    """
+    if torch.compiler.is_compiling() and (mask is not None or score_mod is not None):
+        return "inside torch.compile it runs without mask and score_mod only (a BlockMap is not made while tracing)"
+    return None
 
 
 def _links(mod: ScoreMod | None) -> tuple[ScoreMod, ...]:
@@ -188,14 +204,14 @@ def attention(
         args = _op_args(score_mod, q, grid)
         lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int64)
         left = -1 if seen.left is None else seen.left
-        run = torch_ops.cpu_decode if torch.compiler.is_compiling() else torch_ops.cpu_decode._init_fn
+        run = torch_ops.cpu_decode if torch.compiler.is_compiling() else torch_ops.decode
         return run(q, k, v, lengths, None, scale, seen.causal, left, seen.sinks, args.softcap, args.alibi, sink)
     if mask is None and len(grid.q.ids | grid.k.ids) > 1:
         mask = All()
     block_map = None if mask is None or isinstance(mask, All) and len(grid.q.ids | grid.k.ids) < 2 else _compiled(mask, grid)
     blocks, shape = torch_ops.map_tensors(block_map, backward=needs_grad)
     a = _op_args(score_mod, q, grid)
-    run = torch_ops.cpu_attention if needs_grad or torch.compiler.is_compiling() else torch_ops.cpu_attention._init_fn
+    run = torch_ops.cpu_attention if needs_grad or torch.compiler.is_compiling() else torch_ops.attention
     return run(q, k, v, blocks, shape, scale, sink, a.codes, a.softcap, a.alibi, a.bias, a.positions)
 
 

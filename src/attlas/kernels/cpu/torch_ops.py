@@ -41,8 +41,7 @@ def _mods(
     return launch.Mods(tuple(codes), softcap, alibi, None if bias is None else launch.flat(bias), q_pos, k_pos)
 
 
-@torch.library.custom_op("attlas::cpu_attention", mutates_args=(), device_types="cpu")
-def cpu_attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,13 +63,15 @@ def cpu_attention(
     return launch.forward(q, k, v, _blocks(blocks, block_shape), _mods(codes, softcap, alibi, bias, q_pos, k_pos), scale, sink)
 
 
+cpu_attention = torch.library.custom_op("attlas::cpu_attention", attention, mutates_args=(), device_types="cpu")
+
+
 @cpu_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("attlas::cpu_attention_backward", mutates_args=(), device_types="cpu")
-def cpu_attention_backward(
+def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,6 +100,9 @@ def cpu_attention_backward(
         assert bias is not None
         dbias = g.dbias.sum_to_size(bias.shape).contiguous()
     return g.dq, g.dk, g.dv, dsink, dbias
+
+
+cpu_attention_backward = torch.library.custom_op("attlas::cpu_attention_backward", attention_backward, mutates_args=(), device_types="cpu")
 
 
 @cpu_attention_backward.register_fake
@@ -145,15 +149,15 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
         q, k, v, blocks, block_shape, scale, sink, codes, softcap, alibi, bias, positions, [out, lse, dout, dlse], want_bias
     )
     no_blocks, no_positions = [None] * len(blocks), [None] * len(positions)
+    no_shape, no_codes = (None if x else [] for x in (block_shape, codes))  # torch takes an empty list for a list of tensors
     dsink = dsink if sink is not None and ctx.needs_input_grad[6] else None
-    return dq, dk, dv, no_blocks, None, None, dsink, None, None, None, dbias if want_bias else None, no_positions
+    return dq, dk, dv, no_blocks, no_shape, None, dsink, no_codes, None, None, dbias if want_bias else None, no_positions
 
 
 cpu_attention.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("attlas::cpu_decode", mutates_args=(), device_types="cpu")
-def cpu_decode(
+def decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -170,6 +174,9 @@ def cpu_decode(
     """New tokens over contiguous or paged caches, see `launch.decode`; left < 0 = no window."""
     seen = launch.Visible(causal, None if left < 0 else left, sinks)
     return launch.decode(q, k, v, lengths, seen, scale, block_table=block_table, softcap=softcap, alibi=alibi, sink=sink)
+
+
+cpu_decode = torch.library.custom_op("attlas::cpu_decode", decode, mutates_args=(), device_types="cpu")
 
 
 @cpu_decode.register_fake

@@ -47,39 +47,37 @@ template <class M, int R> INL V max_of_row(V x) {
   return x;
 }
 
-// S (kDirectKeys / (VL / R) vectors) = scores of R rows with kDirectKeys keys
-template <class M, class T, int R> INL void direct_scores(const float* q, int64_t ldq, const T* const* keys, int dim, float* S) {
+// One vector of scores: R rows with VL / R keys
+template <class M, class T, int R> INL void direct_scores(const float* q, int64_t ldq, const T* const* keys, int64_t shift, int dim, float* S) {
   constexpr int KG = VL / R;
-  int w = words<M>(dim), whole = w / VL * VL;
-  for (int g = 0; g < kDirectKeys / KG; g++) {
-    V acc[VL];
+  int w = words<M>(dim), whole = dim / M::PER / VL * VL;
+  V acc[VL];
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) acc[i] = zero();
-    for (int d = 0; d < w; d += VL) {
-      V k[KG];
-      if (d < whole) {
+  for (int i = 0; i < VL; i++) acc[i] = zero();
+  for (int d = 0; d < w; d += VL) {
+    V k[KG];
+    if (d < whole) {
 #pragma GCC unroll 16
-        for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[g * KG + j], d, d * M::PER + VL * M::PER);
-      } else {
-        for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[g * KG + j], d, dim);
-      }
+      for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[j] + shift, d, d * M::PER + VL * M::PER);
+    } else {
+      for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[j] + shift, d, dim);
+    }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        V x = load(q + r * ldq + d);
+    for (int r = 0; r < R; r++) {
+      V x = load(q + r * ldq + d);
 #pragma GCC unroll 16
-        for (int j = 0; j < KG; j++) {
-          int lane = (j / M::PER) * M::PER * R + r * M::PER + j % M::PER;
-          acc[lane] = M::mac(acc[lane], x, k[j]);
-        }
+      for (int j = 0; j < KG; j++) {
+        int lane = (j / M::PER) * M::PER * R + r * M::PER + j % M::PER;
+        acc[lane] = M::mac(acc[lane], x, k[j]);
       }
     }
-    store(S + g * VL, sums(acc));
   }
+  store(S, sums(acc));
 }
 
 // O = alpha * O + P V, columns as they come
 template <class T, int R, int NV, bool TAIL>
-INL void direct_values_tile(Fp32, const float* P, const T* const* values, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
+INL void direct_values_tile(Fp32, const float* P, const T* const* values, int64_t shift, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
   V o[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -88,7 +86,7 @@ INL void direct_values_tile(Fp32, const float* P, const T* const* values, int n,
   for (int k = 0; k < n; k++) {
     V v[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) v[j] = TAIL ? load_as_f32(values[k] + d, dim - d) : load_as_f32(values[k] + d + j * VL);
+    for (int j = 0; j < NV; j++) v[j] = TAIL ? load_as_f32(values[k] + shift + d, dim - d) : load_as_f32(values[k] + shift + d + j * VL);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       V p = set1(P[k * R + r]);
@@ -101,18 +99,18 @@ INL void direct_values_tile(Fp32, const float* P, const T* const* values, int n,
 #pragma GCC unroll 4
     for (int j = 0; j < NV; j++) store(O + r * ldo + d + j * VL, o[r][j]);
 }
-template <class T, int R> INL void direct_values(Fp32 m, const float* P, const T* const* values, int n, int dim, float* O, int64_t ldo, const float* alpha) {
+template <class T, int R> INL void direct_values(Fp32 m, const float* P, const T* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha) {
   constexpr int NV = VL == 8 ? (R <= 2 ? 4 : R <= 4 ? 2 : 1) : (R <= 4 ? 4 : 2);
   int d = 0;
-  for (; d + NV * VL <= dim; d += NV * VL) direct_values_tile<T, R, NV, false>(m, P, values, n, d, dim, O, ldo, alpha);
-  for (; d < dim; d += VL) direct_values_tile<T, R, 1, true>(m, P, values, n, d, dim, O, ldo, alpha);
+  for (; d + NV * VL <= dim; d += NV * VL) direct_values_tile<T, R, NV, false>(m, P, values, shift, n, d, dim, O, ldo, alpha);
+  for (; d < dim; d += VL) direct_values_tile<T, R, 1, true>(m, P, values, shift, n, d, dim, O, ldo, alpha);
 }
 INL int value_column(Fp32, int d) { return d; }
 
 #ifdef __AVX512BF16__
 // Interleaving two rows of values leaves the columns of each 32 in the order 0-3, 8-11, 16-19, 24-27, 4-7, ...; undone when the split ends.
 template <int R, int NB, bool TAIL>
-INL void direct_values_tile(Bf16, const float* P, const bf16* const* values, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
+INL void direct_values_tile(Bf16, const float* P, const bf16* const* values, int64_t shift, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
   V o[R][2 * NB];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -123,8 +121,8 @@ INL void direct_values_tile(Bf16, const float* P, const bf16* const* values, int
     V v[2 * NB];
 #pragma GCC unroll 2
     for (int j = 0; j < NB; j++) {
-      __m512i a = TAIL ? _mm512_maskz_loadu_epi16(keep_columns, values[k] + d) : _mm512_loadu_si512(values[k] + d + 32 * j);
-      __m512i b = TAIL ? _mm512_maskz_loadu_epi16(keep_columns, values[k + 1] + d) : _mm512_loadu_si512(values[k + 1] + d + 32 * j);
+      __m512i a = TAIL ? _mm512_maskz_loadu_epi16(keep_columns, values[k] + shift + d) : _mm512_loadu_si512(values[k] + shift + d + 32 * j);
+      __m512i b = TAIL ? _mm512_maskz_loadu_epi16(keep_columns, values[k + 1] + shift + d) : _mm512_loadu_si512(values[k + 1] + shift + d + 32 * j);
       v[2 * j] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b)), v[2 * j + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
     }
 #pragma GCC unroll 8
@@ -139,12 +137,12 @@ INL void direct_values_tile(Bf16, const float* P, const bf16* const* values, int
 #pragma GCC unroll 4
     for (int j = 0; j < 2 * NB; j++) store(O + r * ldo + d + j * VL, o[r][j]);
 }
-template <class T, int R> INL void direct_values(Bf16 m, const float* P, const bf16* const* values, int n, int dim, float* O, int64_t ldo, const float* alpha) {
+template <class T, int R> INL void direct_values(Bf16 m, const float* P, const bf16* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha) {
   constexpr int NB = R <= 4 ? 2 : 1;
   int d = 0;
-  for (; d + NB * 32 <= dim; d += NB * 32) direct_values_tile<R, NB, false>(m, P, values, n, d, dim, O, ldo, alpha);
-  for (; d + 32 <= dim; d += 32) direct_values_tile<R, 1, false>(m, P, values, n, d, dim, O, ldo, alpha);
-  if (d < dim) direct_values_tile<R, 1, true>(m, P, values, n, d, dim, O, ldo, alpha);
+  for (; d + NB * 32 <= dim; d += NB * 32) direct_values_tile<R, NB, false>(m, P, values, shift, n, d, dim, O, ldo, alpha);
+  for (; d + 32 <= dim; d += 32) direct_values_tile<R, 1, false>(m, P, values, shift, n, d, dim, O, ldo, alpha);
+  if (d < dim) direct_values_tile<R, 1, true>(m, P, values, shift, n, d, dim, O, ldo, alpha);
 }
 INL int value_column(Bf16, int d) { return d / 32 * 32 + (d % 8 >= 4 ? 16 : 0) + d % 32 / 8 * 4 + d % 4; }
 #endif
@@ -159,78 +157,65 @@ struct DirectMods {
   float scale, softcap, c;
 };
 
-// A chunk of at most kDirectKeys keys; `keys` and `values` are filled up with rows of zeros. allow(row, key) is asked when `masked`.
-template <class M, class T, int R, class Allow>
-INL void direct_chunk(const DirectState& st, int64_t ldq, int64_t ldo, const T* const* keys, const T* const* values, int n, int dim, int dim_v, const DirectMods& md,
-                      float k_pos, bool masked, const Allow& allow) {
+// Scores -> probabilities of one head (S in place); alpha: rescale of what came before, lane layout
+template <class M, int R> INL void direct_softmax(const DirectState& st, float* S, const DirectMods& md, float* alpha) {
   constexpr int KG = VL / R, NS = kDirectKeys / KG;
-  alignas(64) float S[NS * VL], alpha[VL];
-  direct_scores<M, T, R>(st.q, ldq, keys, dim, S);
-  if (__builtin_expect(md.active, 0)) {
-    float pos[VL];
-    for (int i = 0; i < VL; i++) pos[i] = k_pos + lane_key<M, R>(i);
-    for (int g = 0; g < NS; g++) {
-      V s = mul(load(S + g * VL), set1(md.scale));
-      if (md.softcap > 0) s = mul(tanhv(div(s, set1(md.softcap))), set1(md.softcap));
-      if (md.alibi) s = sub(s, mul(load(st.slope), abs(sub(add(load(pos), set1((float)(g * KG))), load(st.q_pos)))));
-      store(S + g * VL, s);
-    }
-  }
-  bool bad = false;
-  if (masked || n < kDirectKeys) {
-    for (int i = 0; i < NS * VL; i++) {
-      int key = i / VL * KG + lane_key<M, R>(i % VL);
-      if (key >= n || (masked && !allow(lane_row<M, R>(i % VL), key))) S[i] = -INFINITY;
-    }
-    if (masked)
-      for (int k = 0; k < n; k++)
-        for (int d = 0; d < dim_v; d += VL) {
-          V x = load_as_f32(values[k] + d, dim_v - d);
-          bad |= !(hsum(mul(x, zero())) == 0.0f);
-        }
-  }
   V top = set1(-INFINITY);
 #pragma GCC unroll 4
   for (int g = 0; g < NS; g++) top = max(top, load(S + g * VL));
   top = max_of_row<M, R>(top);
   V old = load(st.m), now = max(old, top);
-  V shift = keep(below(set1(-INFINITY), now), mul(now, set1(md.c)), zero());  // 0 while nothing was seen
-  V a = exp2v(fma(old, set1(md.c), sub(zero(), shift))), sum = zero();
+  V shift = keep(below(set1(-INFINITY), now), mul(now, set1(-md.c)), zero());  // 0 while nothing was seen
+  V a = exp2v(fma(old, set1(md.c), shift)), sum = zero();
 #pragma GCC unroll 4
   for (int g = 0; g < NS; g++) {
-    V p = exp2v(fma(load(S + g * VL), set1(md.c), sub(zero(), shift)));
+    V p = exp2v(fma(load(S + g * VL), set1(md.c), shift));
     sum = add(sum, p);
     store_words<M>(S, g, p);
   }
   store(alpha, a), store(st.m, now), store(st.l, fma(load(st.l), a, sum));
-  if (__builtin_expect(bad, 0)) {
-    for (int r = 0; r < R; r++) {
-      for (int d = 0; d < ldo; d++) st.o[r * ldo + d] *= alpha[r * M::PER];
-      for (int k = 0; k < n; k++) {
-        if (!allow(r, k)) continue;
-        float p;
-        if (M::PER == 1) {
-          p = S[k * R + r];
-        } else {
-          uint32_t w;
-          memcpy(&w, S + k / 2 * R + r, 4);
-          w = k & 1 ? w & 0xffff0000u : w << 16;
-          memcpy(&p, &w, 4);
-        }
-        for (int d = 0; d < dim_v; d++) {
-          float x[VL];
-          store(x, load_as_f32(values[k] + d, 1));
-          st.o[r * ldo + value_column(M(), d)] += p * x[0];
-        }
+}
+
+template <int R, int KG> void direct_mods(const DirectState& st, float* S, const DirectMods& md, const float* key_offset, float k_pos) {
+  for (int g = 0; g < kDirectKeys / KG; g++) {
+    V s = mul(load(S + g * VL), set1(md.scale));
+    if (md.softcap > 0) s = mul(tanhv(div(s, set1(md.softcap))), set1(md.softcap));
+    if (md.alibi) s = sub(s, mul(load(st.slope), abs(sub(add(load(key_offset), set1(k_pos + (float)(g * KG))), load(st.q_pos)))));
+    store(S + g * VL, s);
+  }
+}
+
+template <class T> bool any_not_finite(const T* const* rows, int64_t shift, int n, int dim) {
+  V seen = zero();
+  for (int k = 0; k < n; k++)
+    for (int d = 0; d < dim; d += VL) seen = fma(load_as_f32(rows[k] + shift + d, dim - d), zero(), seen);
+  return !(hsum(seen) == 0.0f);
+}
+
+// Values with masked pairs left out instead of multiplied by 0
+template <class M, class T, int R, class Allow>
+void direct_values_carefully(const float* P, const T* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha, const Allow& allow) {
+  for (int r = 0; r < R; r++) {
+    for (int d = 0; d < ldo; d++) O[r * ldo + d] *= alpha[r * M::PER];
+    for (int k = 0; k < n; k++) {
+      if (!allow(r, k)) continue;
+      float p = P[k / M::PER * R + r], x[VL];
+      if (M::PER == 2) {
+        uint32_t w;
+        memcpy(&w, P + k / 2 * R + r, 4);
+        w = k & 1 ? w & 0xffff0000u : w << 16;
+        memcpy(&p, &w, 4);
+      }
+      for (int d = 0; d < dim; d++) {
+        store(x, load_as_f32(values[k] + shift + d, 1));
+        O[r * ldo + value_column(M(), d)] += p * x[0];
       }
     }
-    return;
   }
-  direct_values<T, R>(M(), S, values, (n + M::PER - 1) / M::PER * M::PER, dim_v, st.o, ldo, alpha);
 }
 
 struct DirectScratch {
-  float *q, *o, *m, *l, *slope, *q_pos, *zeros;
+  float *q, *o, *m, *l, *slope, *q_pos, *zeros, *s, *alpha;
   int64_t ldq, ldo;
   size_t bytes;
   template <class M> static DirectScratch plan(const DecodePlan* p, char* base) {
@@ -241,6 +226,7 @@ struct DirectScratch {
     f.q = a.floats(nh * kDirectRows * f.ldq), f.o = a.floats(nh * kDirectRows * f.ldo);
     f.m = a.floats(nh * VL), f.l = a.floats(nh * VL), f.slope = a.floats(nh * VL), f.q_pos = a.floats(VL);
     f.zeros = a.floats(round_up(p->a->dim > p->a->dim_v ? p->a->dim : p->a->dim_v, 64));
+    f.s = a.floats(nh * kDirectKeys * kDirectRows), f.alpha = a.floats(nh * VL);
     f.bytes = a.used;
     return f;
   }
@@ -280,25 +266,10 @@ template <class M, int R> void write_direct_rows(const DecodePlan* p, const Dire
     }
 }
 
-// Pointers of the first head's rows of one chunk
-template <class T> struct ChunkRows {
-  const T *k[kDirectKeys], *v[kDirectKeys];
-  int n;
-  INL void find(const AttlasDecode* a, int64_t b, int64_t k0, int64_t stop, int64_t h0) {
-    n = (int)(stop - k0 < kDirectKeys ? stop - k0 : kDirectKeys);
-    if (n < 0) n = 0;
-    gather_cache<T>(k, a, a->k, a->sk, b, k0, n, h0);
-    gather_cache<T>(v, a, a->v, a->sv, b, k0, n, h0);
-  }
-  // Fetches share `part` of `parts` into L2, all heads of a token together: they are neighbours in memory
-  INL void prefetch(const AttlasDecode* a, int part, int parts, int nh) const {
-    for (int i = n * part / parts; i < n * (part + 1) / parts; i++)
-      for (int h = 0; h < nh; h++) {
-        for (int64_t x = 0; x < a->dim * (int64_t)sizeof(T); x += 64) _mm_prefetch((const char*)(k[i] + h * a->sk.head) + x, _MM_HINT_T1);
-        for (int64_t x = 0; x < a->dim_v * (int64_t)sizeof(T); x += 64) _mm_prefetch((const char*)(v[i] + h * a->sv.head) + x, _MM_HINT_T1);
-      }
-  }
-};
+template <class T> INL void fetch_rows(const T* const* rows, int n, int64_t shift, int64_t dim) {
+  for (int i = 0; i < n; i++)
+    for (int64_t x = 0; x < dim * (int64_t)sizeof(T); x += 64) _mm_prefetch((const char*)(rows[i] + shift) + x, _MM_HINT_T1);
+}
 
 template <class M, class T, int R> void decode_direct_rows(const DecodePlan* p, int64_t b, int64_t split, int64_t h0, int nh, char* scratch) {
   const AttlasDecode* a = p->a;
@@ -318,30 +289,71 @@ template <class M, class T, int R> void decode_direct_rows(const DecodePlan* p, 
     range[0][1] = see.sinks < low ? see.sinks : low;
     if (range[0][1] > stop) range[0][1] = stop;
   }
-  ChunkRows<T> now, next;
-  for (int part = 0; part < 2; part++) {
-    int64_t end = range[part][1];
-    next.find(a, b, range[part][0], end, h0);
-    for (int64_t k0 = range[part][0]; k0 < end; k0 += kDirectKeys) {
-      now = next;
-      next.find(a, b, k0 + kDirectKeys, end, h0);
-      const T *k[kDirectKeys], *v[kDirectKeys];
-      bool masked = (see.causal && k0 + now.n > see.high(0)) || (see.low(a->q_len - 1) > k0 && k0 + now.n > see.sinks);
+  constexpr int KG = VL / R, NS = kDirectKeys / KG, VALUES_AT_ONCE = 8;
+  float key_offset[VL], ones[VL];
+  for (int i = 0; i < VL; i++) key_offset[i] = (float)lane_key<M, R>(i), ones[i] = 1.0f;
+  const T *k[kDirectKeys], *v[kDirectKeys], *next[kDirectKeys];
+  for (int part = 0; part < 2; part++)
+    for (int64_t k0 = range[part][0], end = range[part][1]; k0 < end; k0 += kDirectKeys) {
+      int n = (int)(end - k0 < kDirectKeys ? end - k0 : kDirectKeys);
+      gather_cache<T>(k, a, a->k, a->sk, b, k0, n, h0);
+      gather_cache<T>(v, a, a->v, a->sv, b, k0, n, h0);
+      int64_t after = end - k0 - n;  // a core has few outstanding misses, so fetching ahead is spread over the arithmetic: values of
+      int ahead = (int)(after < kDirectKeys ? after : kDirectKeys);  // this chunk during the scores, the next keys during the values
+      gather_cache<T>(next, a, a->k, a->sk, b, k0 + n, ahead, h0);
+      bool masked = (see.causal && k0 + n > see.high(0)) || (see.low(a->q_len - 1) > k0 && k0 + n > see.sinks);
       auto allow = [&](int r, int key) {
         int64_t t = r % a->q_len, x = k0 + key;
         return x < see.high(t) && (x >= see.low(t) || x < see.sinks);
       };
-      for (int h = 0; h < nh; h++) {
-        next.prefetch(a, h, nh, nh);
-        for (int i = 0; i < kDirectKeys; i++) {
-          k[i] = i < now.n ? now.k[i] + h * a->sk.head : (const T*)f.zeros;
-          v[i] = i < now.n ? now.v[i] + h * a->sv.head : (const T*)f.zeros;
+      // Few keys at a time, all heads of each: rows are read to their end, in the order in which they lie in memory, which is what
+      // the hardware prefetchers follow.
+      for (int g = 0; g < NS; g++) {
+        const T* rows[KG];
+        if (g * KG + KG <= n) {
+          for (int h = 0; h < nh; h++) {
+            fetch_rows(v + g * KG, KG, h * a->sv.head, a->dim_v);
+            direct_scores<M, T, R>(f.q + h * R * f.ldq, f.ldq, k + g * KG, h * a->sk.head, (int)a->dim, f.s + (h * NS + g) * VL);
+          }
+          continue;
         }
-        DirectState st = {f.q + h * R * f.ldq, f.o + h * R * f.ldo, f.m + h * VL, f.l + h * VL, f.slope + h * VL, f.q_pos};
-        direct_chunk<M, T, R>(st, f.ldq, f.ldo, k, v, now.n, (int)a->dim, (int)a->dim_v, md, (float)(k0 - see.first_query), masked, allow);
+        for (int h = 0; h < nh; h++) {
+          for (int j = 0; j < KG; j++) rows[j] = g * KG + j < n ? k[g * KG + j] + h * a->sk.head : (const T*)f.zeros;
+          direct_scores<M, T, R>(f.q + h * R * f.ldq, f.ldq, rows, 0, (int)a->dim, f.s + (h * NS + g) * VL);
+        }
       }
+      bool bad = false;
+      for (int h = 0; h < nh; h++) {
+        DirectState st = {f.q + h * R * f.ldq, f.o + h * R * f.ldo, f.m + h * VL, f.l + h * VL, f.slope + h * VL, f.q_pos};
+        float* S = f.s + h * NS * VL;
+        if (__builtin_expect(md.active, 0)) direct_mods<R, KG>(st, S, md, key_offset, (float)(k0 - see.first_query));
+        if (masked || n < kDirectKeys)
+          for (int i = 0; i < NS * VL; i++) {
+            int key = i / VL * KG + lane_key<M, R>(i % VL);
+            if (key >= n || (masked && !allow(lane_row<M, R>(i % VL), key))) S[i] = -INFINITY;
+          }
+        if (masked) bad |= any_not_finite(v, h * a->sv.head, n, (int)a->dim_v);
+        direct_softmax<M, R>(st, S, md, f.alpha + h * VL);
+      }
+      if (__builtin_expect(bad, 0)) {
+        for (int h = 0; h < nh; h++)
+          direct_values_carefully<M, T, R>(f.s + h * NS * VL, v, h * a->sv.head, n, (int)a->dim_v, f.o + h * R * f.ldo, f.ldo, f.alpha + h * VL, allow);
+        continue;
+      }
+      for (int j = 0; j < n; j += VALUES_AT_ONCE)
+        for (int h = 0; h < nh; h++) {
+          int m = n - j < VALUES_AT_ONCE ? n - j : VALUES_AT_ONCE;
+          const T* const* rows = v + j;
+          const T* filled[VALUES_AT_ONCE];
+          int64_t shift = h * a->sv.head;
+          if (j < ahead) fetch_rows(next + j, ahead - j < VALUES_AT_ONCE ? ahead - j : VALUES_AT_ONCE, h * a->sk.head, a->dim);
+          if (m % M::PER) {  // bf16 values come in pairs
+            for (int i = 0; i < m; i++) filled[i] = v[j + i] + shift;
+            filled[m++] = (const T*)f.zeros, rows = filled, shift = 0;
+          }
+          direct_values<T, R>(M(), f.s + h * NS * VL + j / M::PER * R, rows, shift, m, (int)a->dim_v, f.o + h * R * f.ldo, f.ldo, j ? ones : f.alpha + h * VL);
+        }
     }
-  }
   write_direct_rows<M, R>(p, f, b, h0, nh, split, md.c);
 }
 

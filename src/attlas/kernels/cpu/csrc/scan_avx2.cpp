@@ -1,0 +1,2 @@
+#define SCAN_TABLE attlas_scan_avx2
+#include "scan.h"

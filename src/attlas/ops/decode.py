@@ -1,0 +1,76 @@
+"""Decode over the storage of a cache: the newest tokens of sequences of any lengths in one kernel call, without copying keys.
+
+A token's result depends on its own sequence alone, to the bit, so it does not matter which sequences decode together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attlas.kernels.cpu import attention as cpu
+from attlas.kernels.cpu.launch import DTYPES, Visible
+from attlas.kernels.cpu.library import MAX_DIM, load
+from attlas.kernels.cpu.torch_ops import decode
+from attlas.masks.expr import Mask
+from attlas.scores import Alibi, Chain, ScoreMod, Softcap
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeRule:
+    """What of a call is the same for all sequences, in the kernel's terms."""
+
+    visible: Visible
+    softcap: float
+    alibi: Tensor | None
+    scale: float
+    sink: Tensor | None
+
+
+def rule_for(
+    q: Tensor, *, mask: Mask | None, score_mod: ScoreMod | None, scale: float | None, sink: Tensor | None, impl: str
+) -> DecodeRule | None:
+    """How the kernel would run q [T, H, D]; None when it cannot, or when another implementation is asked for."""
+    if impl not in ("auto", "cpu") or torch.compiler.is_compiling() or q.device.type != "cpu" or load() is None:
+        return None
+    visible, mods = cpu.visible(mask), _mods(score_mod)
+    if visible is None or mods is None or q.dtype not in DTYPES or q.shape[-1] > MAX_DIM:
+        return None
+    softcap, alibi = mods
+    grads = [q.requires_grad, sink is not None and sink.requires_grad, alibi is not None and alibi.requires_grad]
+    if torch.is_grad_enabled() and any(grads):
+        return None
+    return DecodeRule(
+        visible,
+        softcap,
+        None if alibi is None else alibi.detach().float().contiguous(),
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        None if sink is None else sink.detach().float().contiguous(),
+    )
+
+
+def _mods(score_mod: ScoreMod | None) -> tuple[float, Tensor | None] | None:
+    """(cap, slopes): a soft cap, then ALiBi, either or none; None for anything else."""
+    links = () if score_mod is None else score_mod.mods if isinstance(score_mod, Chain) else (score_mod,)
+    cap, slopes = 0.0, None
+    for link in links:
+        if isinstance(link, Softcap) and not cap and slopes is None:
+            cap = float(link.cap)
+        elif isinstance(link, Alibi) and slopes is None:
+            slopes = link.slopes
+        else:
+            return None
+    return cap, slopes
+
+
+def decode_pages(
+    q: Tensor, pages: tuple[Tensor, Tensor], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule
+) -> tuple[Tensor, Tensor]:
+    """q [N, n, H, D]: the last n of lengths[i] tokens of each sequence; keys and values [P, page_size, Hkv, D | Dv]; block_table int32
+    [N, blocks] -> out [N, n, H, Dv], lse fp32 [N, n, H]."""
+    count = torch.tensor(lengths, dtype=torch.int64)
+    see = rule.visible
+    left = -1 if see.left is None else see.left
+    return decode(q, *pages, count, block_table, rule.scale, see.causal, left, see.sinks, rule.softcap, rule.alibi, rule.sink)

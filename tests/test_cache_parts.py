@@ -124,6 +124,19 @@ def test_a_wrapped_ring_is_one_view_of_three_segments():
     assert part.read_dense((0, 1)) is None
 
 
+def test_rows_of_one_length_that_lack_different_tokens_have_no_common_view():
+    part = RingPart(spec(5, 2), 2, rollback=1)
+    write(part, 20, 0)
+    write(part, 19, 1)
+    part.end_step()
+    part.truncate({0: 19})
+    assert part.lengths == (19, 19) and part.missing(0) != part.missing(1)
+    assert part.read_dense((0, 1)) is None
+    write(part, 1, 0)
+    write(part, 1, 1)
+    assert part.missing(0) == part.missing(1) and part.read_dense((0, 1)) is not None
+
+
 def test_positions_of_a_ring_do_not_end():
     part = RingPart(spec(5, 2), 1)
     write(part, 70_003)

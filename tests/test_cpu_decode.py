@@ -1,4 +1,4 @@
-"""Split-KV decode of the compiled core against brute force in fp64: contiguous and paged caches, windows, sinks, many queries, garbage."""
+"""Split-KV decode of the compiled core against brute force in fp64: contiguous and paged caches, windows, sinks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ BANDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 LENGTHS = (1031, 7, 517)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, n: int, seen: launch.Visible, dtype: torch.dtype, **extra: Tensor | float | None) -> tuple[Tensor, Tensor]:
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, n: int, seen: launch.Visible, dtype: torch.dtype, **extra: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
     """One sequence by the definition: q [Tq, H, D], k, v [capacity, Hkv, .] of which n are used."""
     tq, heads, dim = q.shape
     group = heads // k.shape[1]

@@ -1,5 +1,4 @@
-"""Which keys a range of queries can reach at all: scalar arithmetic on a mask and a grid, for calls too small to compile a mask.
-"""
+"""Which keys a range of queries can reach at all: scalar arithmetic on a mask and a grid, for calls too small to compile a mask."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 python -m attlas.lab.bench_cpu [case ...]
 
-Each case is checked first: a sample of query rows (and their gradients) against the reference in fp64, with an error of at most twice
-that of the naive formula in the same dtype. Then everything is timed in turns, the machine's matrix product and copy among it, so that all
-ratios of a row come from one run. Rates: useful FLOP (pairs that the mask allows: 4 D a pair forward, 10 D backward) over the matrix
-product's rate; bytes of keys and values over the copy's (bytes read plus written).
+Each case is checked first: a sample of query rows (and their gradients) against the reference in fp64, with an error of at
+most twice that of the naive formula in the same dtype. Then everything is timed in turns, the machine's matrix product and
+copy among it, so that all ratios of a row come from one run. Rates: useful FLOP (pairs that the mask allows: 4 D a pair
+forward, 10 D backward) over the matrix product's rate; bytes of keys and values over the copy's (bytes read plus written).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Case:
 
 def cases() -> tuple[Case, ...]:
     """The cases with their bars."""
-    window, bird = Causal() & Window.last(512), Window(96, 96) | Global(range(128)) | Random(3, 64, 0, 256)
+    window, bird = Causal() & Window.last(512), Window(96, 96) | Global(tuple(range(128))) | Random(3, 64, 0, 256)
     found = []
     for d in (64, 128):
         found.append(Case(f"fp32 causal D{d}", "forward", F32, 8192, d, Causal(), limit_bar=0.9, sdpa_bar=1.2))
@@ -87,7 +87,9 @@ def cases() -> tuple[Case, ...]:
     return tuple(found)
 
 
-def run(*, only: Sequence[str] = (), repeats: int = 7, flex: bool = True, naive: bool = True, max_seconds: float = 60.0) -> dict[str, Any]:
+def run(
+    *, only: Sequence[str] = (), repeats: int = 7, flex: bool = True, naive: bool = True, max_seconds: float = 60.0
+) -> dict[str, Any]:
     """Check and measure.
 
     only     texts; a case runs when its name contains one of them (none = all)
@@ -144,7 +146,7 @@ def subject(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Thunk:
         for target, source in zip(pages, (k, v), strict=True):
             target[order] = source.view(target.shape)
         table = order.view(case.batch, -1).int()
-        return lambda: launch.decode(q, *pages, length, launch.Visible(), scale, block_table=table)
+        return lambda: launch.decode(q, pages[0], pages[1], length, launch.Visible(), scale, block_table=table)
     if case.kind == "forward":
         return lambda: attention(q, k, v, mask=case.mask, impl="cpu")
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -155,21 +157,21 @@ def subject(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Thunk:
 
 def peers(case: Case, q: Tensor, k: Tensor, v: Tensor, flex: bool, naive: bool) -> dict[str, Thunk]:
     """SDPA in its own layout, FlexAttention compiled (it has no CPU backward), the formula written out."""
-    heads = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    hq, hk, hv = heads = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     causal, found = case.mask == Causal(), dict[str, Callable[[], object]]()
     gqa = case.heads != case.kv_heads
     if case.mask is None or causal:
         if case.kind == "backward":
             leaves = [x.requires_grad_() for x in heads]
-            out = F.scaled_dot_product_attention(*leaves, is_causal=causal)
+            out = F.scaled_dot_product_attention(hq, hk, hv, is_causal=causal)
             grad = torch.randn_like(out)
             found["sdpa"] = lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
         else:
-            found["sdpa"] = lambda: F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=gqa)
+            found["sdpa"] = lambda: F.scaled_dot_product_attention(hq, hk, hv, is_causal=causal, enable_gqa=gqa)
     if flex and case.flex_bar is not None:
         found["flex"] = flex_window(heads, 512)
     if naive and case.kind == "forward" and 4 * case.batch * case.heads * case.tokens**2 < 1 << 30:
-        found["naive"] = lambda: ((heads[0] @ heads[1].mT) / math.sqrt(case.dim)).softmax(-1) @ heads[2]
+        found["naive"] = lambda: ((hq @ hk.mT) / math.sqrt(case.dim)).softmax(-1) @ hv
     return found
 
 
@@ -178,7 +180,7 @@ def flex_window(heads: list[Tensor], size: int) -> Thunk:
 
     t = heads[0].shape[2]
     block_mask = create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < size), None, None, t, t, device="cpu")
-    compiled = torch.compile(flex_attention)
+    compiled: Any = torch.compile(flex_attention)
     with torch.no_grad():
         compiled(*heads, block_mask=block_mask)
 
@@ -210,7 +212,13 @@ def check(case: Case, q: Tensor, k: Tensor, v: Tensor, sample: int = 37) -> None
     def definition(kind: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(kind).requires_grad_() for x in (q[:, rows], k, v)]
         out, _ = reference.attention(
-            *leaves, mask_bool=mask, score_mod=None, q_pos=rows + first, k_pos=torch.arange(case.tokens), scale=case.dim**-0.5, sink=None
+            *leaves,
+            mask_bool=mask,
+            score_mod=None,
+            q_pos=rows + first,
+            k_pos=torch.arange(case.tokens),
+            scale=case.dim**-0.5,
+            sink=None,
         )
         if case.kind != "backward":
             return [out.detach()]
@@ -224,9 +232,8 @@ def check(case: Case, q: Tensor, k: Tensor, v: Tensor, sample: int = 37) -> None
         dq, dk, dv = torch.autograd.grad(out, leaves, grad)
         got = [out.detach()[:, rows], dq[:, rows], dk, dv]
     else:
-        out = subject(case, q, k, v)()
-        assert isinstance(out, (Tensor, tuple))
-        got = [(out if isinstance(out, Tensor) else out[0])[:, rows]]
+        result: Any = subject(case, q, k, v)()
+        got = [(result if isinstance(result, Tensor) else result[0])[:, rows]]
     band = {F32: 2e-6, BF16: 4e-3}[case.dtype]
     for x, near, exact in zip(got, definition(case.dtype), definition(torch.float64), strict=True):
         error, naive = (x - exact).abs().max().item(), (near - exact).abs().max().item()
@@ -246,10 +253,9 @@ def table(result: dict[str, Any]) -> str:
             return f"{value:.2f}" + (f" (>= {bar}){'' if value >= bar else '!'}" if bar is not None else "")
 
         bars = row["bars"]
-        lines.append(
-            f"{row['name']:28} {row['rate'] / 1e9:>7.1f} {unit:8} {cell(row['of_limit'], bars['limit']):>14} "
-            f"{cell(row['over_sdpa'], bars['sdpa']):>14} {cell(row['over_flex'], bars['flex']):>14} {cell(row['over_naive'], None):>8}"
-        )
+        shares = [(row["of_limit"], bars["limit"]), (row["over_sdpa"], bars["sdpa"]), (row["over_flex"], bars["flex"])]
+        cells = " ".join(f"{cell(value, bar):>14}" for value, bar in shares)
+        lines.append(f"{row['name']:28} {row['rate'] / 1e9:>7.1f} {unit:8} {cells} {cell(row['over_naive'], None):>8}")
     lines.append(f"core {result['core']}, {result['threads']} threads; limit: matrix product, copy, or contiguous decode (paged)")
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from attlas.models.layers import FeedForward
 from attlas.models.transformer import Transformer
 
 TOLERANCE = 0.02
-RECALL_DIM, RECALL_LAYERS = 64, 2
+RECALL_HEAD_DIM, RECALL_LAYERS = 16, 2
 RECALL_HIDDEN = 32
 
 
@@ -71,11 +71,12 @@ class RecallModel(nn.Module):
     def __init__(self, mechanism: Mechanism, task: RecallTask, heads: int, hidden: int, *, seed: int = 0) -> None:
         super().__init__()
         with seeded(seed):
-            self.embed = nn.Embedding(task.vocab, RECALL_DIM)
+            dim = RECALL_HEAD_DIM * heads
+            self.embed = nn.Embedding(task.vocab, dim)
             nn.init.normal_(self.embed.weight, std=0.02)
-            mixers = [mechanism.build(RECALL_DIM, heads) for _ in range(RECALL_LAYERS)]
-            self.layers = nn.ModuleList(RecallLayer(m, RECALL_DIM, hidden) for m in mixers)
-            self.norm = nn.RMSNorm(RECALL_DIM)
+            mixers = [mechanism.build(dim, heads) for _ in range(RECALL_LAYERS)]
+            self.layers = nn.ModuleList(RecallLayer(m, dim, hidden) for m in mixers)
+            self.norm = nn.RMSNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)

@@ -217,7 +217,7 @@ def _described(m: Mechanism, asked: Asked) -> dict[str, Any]:
     return {
         **m.settings,
         "card": dict(m.card),
-        "call": m.call(options.layer_dim, options.heads),
+        "call": m.call(options.layer_width, options.heads),
         "parameters": first.parameters if first else None,
         "hidden": {stage: s.hidden for stage, s in sizes.items()},
         "recall_parameters": sizes["recall"].parameters if "recall" in sizes else None,

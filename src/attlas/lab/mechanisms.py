@@ -98,7 +98,7 @@ def mechanism(text: str, options: CompareOptions) -> Mechanism:
     chosen = {**_defaults(entry, options), **given}
     label = entry.name + "".join(f":{k}={_spell(v)}" for k, v in given.items())
     made = Mechanism(label, entry.name, tuple(sorted(chosen.items())), entry.to_dict())
-    for dim in {options.dim, options.layer_dim}:
+    for dim in {options.dim, options.layer_width}:
         if not made.build(dim, options.heads).causal:
             raise UnsupportedError(
                 f"{text!r} cannot be compared as a causal language model: with these options it sees later tokens"

@@ -33,7 +33,7 @@ class CompareOptions:
     steps           training steps of the language models (default: as many as fit the time)
     recall_steps    training steps at most of the recall models (default: as many as fit the time)
     lengths         sequence lengths of the speed stage (default: doubling from 256 as far as the time allows)
-    layer_dim       width of the single layer that the speed and cache stages measure
+    layer_dim       width of the single layer that the speed and cache stages measure (default: 64 times the heads)
     name            name of the comparison: results go to attlas-results/NAME
     out             folder for the results, instead of attlas-results/NAME
     fresh           forget what the folder holds and start over
@@ -55,7 +55,7 @@ class CompareOptions:
     steps: int | None = None
     recall_steps: int | None = None
     lengths: tuple[int, ...] = ()
-    layer_dim: int = 256
+    layer_dim: int | None = None
     name: str = "compare"
     out: Path | None = None
     fresh: bool = False
@@ -73,7 +73,7 @@ class CompareOptions:
         if self.context < 8:
             raise OptionError(f"--context {self.context}: it must be at least 8")
         for field in ("dim", "layer_dim"):
-            if getattr(self, field) % (2 * self.heads):
+            if (getattr(self, field) or 0) % (2 * self.heads):
                 shown = field.replace("_", "-")
                 raise OptionError(
                     f"--{shown} {getattr(self, field)} --heads {self.heads}: {shown} must be a multiple of 2 * heads"
@@ -103,6 +103,11 @@ class CompareOptions:
         """Keys in a window or a block where the user does not say."""
         return self.window if self.window is not None else max(8, self.context // 8)
 
+    @property
+    def layer_width(self) -> int:
+        """Width of the layer that is timed."""
+        return self.layer_dim if self.layer_dim is not None else 64 * self.heads
+
     def ordered_stages(self) -> tuple[Stage, ...]:
         return tuple(stage for stage in STAGES if stage in self.stages)
 
@@ -110,6 +115,7 @@ class CompareOptions:
         out = asdict(self)
         out["text"] = [str(t) for t in self.text]
         out["out"] = None if self.out is None else str(self.out)
+        out["layer_dim"] = self.layer_width
         return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
 
     def command(self) -> str:

@@ -209,7 +209,7 @@ class Planner:
 
     def _speed(self, plan: Plan, budget: float) -> Plan:
         o, began = self.options, time.perf_counter()
-        costs = speed.estimate(self.timed, speed.Place(o.layer_dim, o.heads, o.device))
+        costs = speed.estimate(self.timed, speed.Place(o.layer_width, o.heads, o.device))
         if o.lengths:
             lengths = {n: [m.label for m in self.timed] for n in sorted(o.lengths)}
         else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attlas.lab import units
+from attlas.lab.build import RECALL_HEAD_DIM
 from attlas.lab.options import REFERENCE
 from attlas.lab.results import Results
 
@@ -134,7 +135,7 @@ def method(results: Results) -> list[str]:
     if plan.get("text"):
         out.append(_method_text(plan, options))
     if plan.get("recall"):
-        out.append(_method_recall(plan))
+        out.append(_method_recall(plan, options["heads"]))
     if plan.get("speed"):
         out.append(_method_speed(options))
     if plan.get("cache"):
@@ -165,12 +166,12 @@ def _best_of(rates: list[float]) -> str:
     return ", the best of them reported" if len(rates) > 1 else ""
 
 
-def _method_recall(plan: dict[str, Any]) -> str:
+def _method_recall(plan: dict[str, Any], heads: int) -> str:
     recall, task = plan["recall"], plan["task"]
     return (
         f"Recall: multi-query associative recall (Zoology, arXiv:2312.04927) with {task['pairs']} pairs of key and value in "
         f"{task['length']} tokens, a vocabulary of {task['vocab']}, queries placed by the paper's power law and fillers left "
-        "blank. Two layers of width 64: short convolution, the mechanism, a small feed-forward network; weights equal to 2 %. "
+        f"blank. Two layers of width {RECALL_HEAD_DIM * heads}: short convolution, the mechanism, a small feed-forward network; weights equal to 2 %. "
         f"Fresh examples every step, at most {recall['steps']:,} steps of {recall['batch']}; a run stops once it answers 99 % "
         "of held-out queries."
     )

@@ -46,11 +46,11 @@ def common_settings(options: CompareOptions) -> dict[str, Any]:
 def gate_trial(m: Mechanism, options: CompareOptions) -> Trial:
     """Whether the mechanism may be trained and timed at all."""
     length = 2 * options.span + 5
-    settings = {**common_settings(options), "mechanism": m.settings, "dim": options.layer_dim, "length": length}
+    settings = {**common_settings(options), "mechanism": m.settings, "dim": options.layer_width, "length": length}
 
     def run(tick: Ticker) -> dict[str, Any]:
         torch.manual_seed(0)
-        mixer = m.build(options.layer_dim, options.heads).to(options.device)
+        mixer = m.build(options.layer_width, options.heads).to(options.device)
         return {"label": m.label, **gate.check(mixer, length).to_dict()}
 
     def tell(result: dict[str, Any]) -> str:
@@ -73,7 +73,7 @@ class Trials:
         self.options, self.mechanisms, self.timed = options, list(mechanisms), list(timed)
         self.corpus, self.plan = corpus, plan
         self.common = common_settings(options)
-        self.place = speed.Place(options.layer_dim, options.heads, options.device)
+        self.place = speed.Place(options.layer_width, options.heads, options.device)
 
     def all(self) -> list[Trial]:
         out: list[Trial] = []
@@ -212,7 +212,7 @@ class Trials:
         labels = self.plan.speed[length]
         chosen = [m for m in self.timed if m.label in labels]
         seconds = self.plan.speed_seconds.get(length, 1.0)
-        settings = {**stamp, "what": "length", "length": length, "dim": self.options.layer_dim,
+        settings = {**stamp, "what": "length", "length": length, "dim": self.options.layer_width,
                     "mechanisms": [m.settings for m in chosen]}  # fmt: skip
 
         def run(tick: Ticker) -> dict[str, Any]:
@@ -236,12 +236,12 @@ class Trials:
 
     def _cache(self, m: Mechanism) -> Trial:
         lengths = self.plan.cache
-        settings = {**self.common, "mechanism": m.settings, "dim": self.options.layer_dim, "lengths": list(lengths)}
+        settings = {**self.common, "mechanism": m.settings, "dim": self.options.layer_width, "lengths": list(lengths)}
 
         def run(tick: Ticker) -> dict[str, Any]:
             sizes = speed.cache_sizes(m, lengths, self.place)
             torch.manual_seed(0)
-            mixer = m.build(self.options.layer_dim, self.options.heads)
+            mixer = m.build(self.options.layer_width, self.options.heads)
             beyond = [2**i for i in range(8, 18)]
             return {"label": m.label, "sizes": sizes, "formula": [[n, int(mixer.cache_bytes(n))] for n in beyond]}
 

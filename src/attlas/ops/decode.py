@@ -68,8 +68,8 @@ def _mods(score_mod: ScoreMod | None) -> tuple[float, Tensor | None] | None:
 def decode_pages(
     q: Tensor, pages: tuple[Tensor, Tensor], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule
 ) -> tuple[Tensor, Tensor]:
-    """q [N, n, H, D]: the last n of lengths[i] tokens of each sequence; keys and values [P, page_size, Hkv, D | Dv]; block_table int32
-    [N, blocks] -> out [N, n, H, Dv], lse fp32 [N, n, H]."""
+    """q [N, n, H, D]: the last n of lengths[i] tokens of each sequence; keys and values [P, page_size, Hkv, D | Dv]; block_table
+    int32 [N, blocks] -> out [N, n, H, Dv], lse fp32 [N, n, H]."""
     count = torch.tensor(lengths, dtype=torch.int64)
     see = rule.visible
     left = -1 if see.left is None else see.left

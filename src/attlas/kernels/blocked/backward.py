@@ -1,6 +1,9 @@
-"""Gradients of attention by recomputing each slab's weights from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135).
+"""Gradients of attention by recomputing each slab's weights from saved row statistics (Dao et al. 2022, arXiv:2205.14135).
 
     P = exp(S - lse)    D = rowsum(dO * O) - dlse    dV = P^T dO    dS = P * (dO V^T - D)    dQ = scale dS K    dK = scale dS^T Q
+
+The weights are kept as P = E / total with E = 2^(S - top), and 1 / total goes into dO and D: no rounding of lse enters, and no
+pass over a block is spent on the division.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from attlas.scores import ScoreMod
 
 
 class Backward:
-    """One backward pass. out, lse are the forward's; grad_out, grad_lse may be None (zero)."""
+    """One backward pass. out, stats are the forward's; grad_out, grad_lse may be None (zero)."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, shape: Shape, scale: float):
-        self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse.unsqueeze(-1)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, *, shape: Shape, scale: float):
+        self.q, self.k, self.v, self.out, self.stats = q, k, v, out, stats
         self.shape, self.scale = shape, scale
         self.scores, self.spare, self.weights = (Buffer(q, shape.dtype) for _ in range(3))
 
@@ -35,13 +38,13 @@ class Backward:
         mod_wanted: tuple[bool, ...],
         careful: bool,
     ) -> None:
-        """Leaves dq, dk, dv, mod_sums and delta [B, Tq, H, 1] on self."""
+        """Leaves dq, dk, dv, mod_sums and delta [B, Tq, H, 1] (D / total) on self."""
         dtype = self.shape.dtype
         self.grad_out, self.grad_lse = grad_out, None if grad_lse is None else grad_lse.unsqueeze(-1)
         self.dq = torch.empty_like(self.q, memory_format=torch.contiguous_format)
         self.dk = torch.zeros(self.k.shape, dtype=dtype, device=self.k.device)
         self.dv = torch.zeros(self.v.shape, dtype=dtype, device=self.v.device)
-        self.delta = torch.empty_like(self.lse)
+        self.delta = torch.empty_like(self.stats[..., :1])
         tensors = () if mod is None else mod.tensors()
         self.mod_sums: list[Tensor | None] = [
             torch.zeros(t.shape, dtype=dtype, device=t.device) if wanted else None
@@ -58,22 +61,22 @@ class Backward:
         dtype, q0, q1 = self.shape.dtype, row.q0, row.q1
         scaled = chunk.load(self.q, q0, q1, dtype).mul_(self.scale)
         queries = scaled if self.score.query_factor == 1.0 else scaled * self.score.query_factor
-        lse = chunk.load(self.lse, q0, q1, dtype).mul_(LOG2E)
-        lse.masked_fill_(lse == -torch.inf, 0.0)  # rows without keys: exp2(-inf - 0) is the 0 that is wanted
+        top, total = chunk.load(self.stats, q0, q1, dtype).split(1, -1)
+        share = (1.0 / total).masked_fill_(total == 0, 0.0)  # rows without keys
         if self.grad_out is None:
             grad = torch.zeros(chunk.units, queries.shape[1], self.v.shape[-1], dtype=dtype, device=queries.device)
-            delta = torch.zeros_like(lse)
+            delta = torch.zeros_like(share)
         else:
-            grad = chunk.load(self.grad_out, q0, q1, dtype)
+            grad = chunk.load(self.grad_out, q0, q1, dtype).mul_(share)
             delta = chunk.load(self.out, q0, q1, dtype).mul_(grad).sum(-1, keepdim=True)
         if self.grad_lse is not None:
-            delta -= chunk.load(self.grad_lse, q0, q1, dtype)
+            delta.addcmul_(chunk.load(self.grad_lse, q0, q1, dtype), share, value=-1)
         chunk.store(self.delta, q0, q1, delta)
         dq: Tensor | None = None
         for slab in row.slabs:
             key, value = self.score.keys_of(keys, slab), self.score.keys_of(values, slab)
             s, raw = self.score(queries, key, row, slab, self.scores, self.spare)
-            p = s.sub_(lse).exp2_()
+            p = s.sub_(top).exp2_()
             ds = torch.bmm(grad, value.transpose(1, 2), out=self.weights.shaped(*s.shape)).sub_(delta)
             if self.score.careful and slab.tiles:
                 dq = self._careful(chunk, row, slab, (scaled, grad, key), (p, ds, raw), dq)
@@ -127,7 +130,6 @@ class Backward:
         return all(bool(t.sum(dtype=self.shape.dtype).isfinite()) for t in found)
 
     def sink_gradient(self, sink: Tensor) -> Tensor:
-        """A sink is a key with value 0: its weight times -delta, summed over queries."""
-        weight = torch.exp(sink.to(self.shape.dtype) - self.lse[..., 0])
-        weight = weight.masked_fill((sink == -torch.inf).expand(weight.shape), 0.0)
+        """A sink is a key with value 0: its weight times -D, summed over queries."""
+        weight = torch.exp2(sink.to(self.shape.dtype) * LOG2E - self.stats[..., 0])
         return -(weight * self.delta[..., 0]).sum((0, 1)).to(sink.dtype)

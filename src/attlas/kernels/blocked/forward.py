@@ -22,19 +22,22 @@ class Forward:
         self.scores = Buffer(q, shape.dtype)
         self.spare = Buffer(q, shape.dtype)
 
-    def run(self, layout: Layout, mod: ScoreMod | None, grid: Grid, *, need_lse: bool, careful: bool) -> tuple[Tensor, Tensor | None]:
-        """(out [B, Tq, H, Dv] in q's dtype, lse [B, Tq, H] in the computing dtype or None)."""
+    def run(self, layout: Layout, mod: ScoreMod | None, grid: Grid, *, need_stats: bool, careful: bool) -> tuple[Tensor, Tensor | None]:
+        """(out [B, Tq, H, Dv] in q's dtype, stats [B, Tq, H, 2] in the computing dtype or None).
+
+        stats: each row's maximum, in units of log 2, and the sum of 2^(score - maximum); see `log_sum_exp`.
+        """
         b, tq, h, _ = self.q.shape
         out = self.q.new_empty(b, tq, h, self.v.shape[-1])
         self.out = out
-        self.lse = torch.empty(b, tq, h, 1, dtype=self.shape.dtype, device=out.device) if need_lse else None
+        self.stats = torch.empty(b, tq, h, 2, dtype=self.shape.dtype, device=out.device) if need_stats else None
         self.score = BlockScores(layout, mod, grid, self.shape.dtype, careful)
         for chunk in chunks(self.shape, layout):
             self.score.start_chunk(chunk, self.shape.heads)
             keys, values = chunk.keys(self.k, self.shape.dtype), chunk.keys(self.v, self.shape.dtype)
             for row in layout.rows(chunk.map_b, chunk.map_h, isolate=careful):
                 self._row(chunk, row, keys, values)
-        return out, None if self.lse is None else self.lse[..., 0]
+        return out, self.stats
 
     def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
         dtype = self.shape.dtype
@@ -75,14 +78,19 @@ class Forward:
         return top, torch.exp2(sink - top)
 
     def _finish(self, chunk: Chunk, row: Row, acc: Tensor | None, top: Tensor | None, total: Tensor | None) -> None:
+        queries = chunk.group * (row.q1 - row.q0)
+        zero = torch.zeros((), dtype=self.shape.dtype, device=self.out.device)
         if acc is None:
-            chunk.store(self.out, row.q0, row.q1, self.out.new_zeros(()).expand(chunk.units, chunk.group * (row.q1 - row.q0), self.out.shape[-1]))
+            chunk.store(self.out, row.q0, row.q1, zero.expand(chunk.units, queries, self.out.shape[-1]))
         else:
             assert total is not None
             chunk.store(self.out, row.q0, row.q1, acc.div_(total.masked_fill(total == 0, 1.0)))
-        if self.lse is not None:
-            if top is None or total is None:
-                lse = torch.full((), -torch.inf, dtype=self.lse.dtype, device=self.lse.device)
-                chunk.store(self.lse, row.q0, row.q1, lse.expand(chunk.units, chunk.group * (row.q1 - row.q0), 1))
-            else:
-                chunk.store(self.lse, row.q0, row.q1, total.log2().add_(top).mul_(LN2))
+        if self.stats is not None:
+            both = zero.expand(chunk.units, queries, 2) if top is None or total is None else torch.cat([top, total], -1)
+            chunk.store(self.stats, row.q0, row.q1, both)
+
+
+def log_sum_exp(stats: Tensor) -> Tensor:
+    """Natural log of the denominator [B, Tq, H] from `stats`; -inf for a row without keys."""
+    top, total = stats.unbind(-1)
+    return total.log2().add_(top).mul_(LN2)

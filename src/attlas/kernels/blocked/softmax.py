@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from attlas.kernels.blocked.backward import Backward
 from attlas.kernels.blocked.chunks import Shape
 from attlas.kernels.blocked.few import attend_few, is_few
-from attlas.kernels.blocked.forward import Forward
+from attlas.kernels.blocked.forward import Forward, log_sum_exp
 from attlas.kernels.blocked.layout import Layout, make_layout
 from attlas.masks.expr import Mask
 from attlas.masks.geometry import Grid
@@ -42,10 +42,11 @@ def attention(
         if found is not None:
             return found
     call = _Call(q, k, mask, grid, score_mod, scale)
-    if not wants_grad:
-        return call.forward(q, k, v, sink, need_lse)
-    out, lse = _Attention.apply(call, q, k, v, sink, *tensors)
-    return out, lse if need_lse else None
+    if wants_grad:
+        out, lse = _Attention.apply(call, q, k, v, sink, *tensors)
+        return out, lse if need_lse else None
+    out, stats = call.forward(q, k, v, sink, need_lse)
+    return out, None if stats is None else log_sum_exp(stats)
 
 
 class _Call:
@@ -58,32 +59,32 @@ class _Call:
         self.layout: Layout = make_layout(mask, grid, group=self.shape.group, device=q.device)
         self.masked = mask is not None or grid.packed
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, need_stats: bool) -> tuple[Tensor, Tensor | None]:
         work = Forward(q, k, v, shape=self.shape, scale=self.scale, sink=sink)
-        out, lse = work.run(self.layout, self.mod, self.grid, need_lse=need_lse, careful=False)
+        out, stats = work.run(self.layout, self.mod, self.grid, need_stats=need_stats, careful=False)
         # 0 * NaN taints every row that shares a tile with a masked NaN, so a finite output proves that nothing leaked.
         if self.masked and not bool(out.sum(dtype=self.shape.dtype).isfinite()):
-            out, lse = work.run(self.layout, self.mod, self.grid, need_lse=need_lse, careful=True)
-        return out, lse
+            out, stats = work.run(self.layout, self.mod, self.grid, need_stats=need_stats, careful=True)
+        return out, stats
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        out, lse = call.forward(q, k, v, sink, True)
-        assert lse is not None
+        out, stats = call.forward(q, k, v, sink, True)
+        assert stats is not None
         ctx.call = call
-        ctx.save_for_backward(q, k, v, out, lse, sink, *tensors)
-        return out, lse
+        ctx.save_for_backward(q, k, v, out, stats, sink, *tensors)
+        return out, log_sum_exp(stats)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         call: _Call = ctx.call
-        q, k, v, out, lse, sink, *tensors = ctx.saved_tensors
+        q, k, v, out, stats, sink, *tensors = ctx.saved_tensors
         mod = call.mod if call.mod is None else call.mod.replace_tensors(tensors)
-        work = Backward(q, k, v, out, lse, shape=call.shape, scale=call.scale)
+        work = Backward(q, k, v, out, stats, shape=call.shape, scale=call.scale)
         for careful in (False, True):
             work.run(
                 call.layout, mod, call.grid, grad_out, grad_lse, mod_wanted=tuple(ctx.needs_input_grad[5:]), careful=careful

@@ -36,9 +36,12 @@ def unsupported(
     return None if score_mod is None else _refused(score_mod, q, k, grid)
 
 
-@torch.compiler.assume_constant_result
 def _missing() -> str | None:
     return status() if load() is None else None
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler, which takes seconds at every start.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def untraceable(mask: Mask | None, score_mod: ScoreMod | None) -> str | None:
@@ -204,16 +207,13 @@ def attention(
         args = _op_args(score_mod, q, grid)
         lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int64)
         left = -1 if seen.left is None else seen.left
-        run = torch_ops.cpu_decode if torch.compiler.is_compiling() else torch_ops.decode
-        return run(q, k, v, lengths, None, scale, seen.causal, left, seen.sinks, args.softcap, args.alibi, sink)
+        decode = torch_ops.cpu_decode if torch.compiler.is_compiling() else torch_ops.decode
+        return decode(q, k, v, lengths, None, scale, seen.causal, left, seen.sinks, args.softcap, args.alibi, sink)
     if mask is None and len(grid.q.ids | grid.k.ids) > 1:
         mask = All()
-    block_map = None if mask is None or isinstance(mask, All) and len(grid.q.ids | grid.k.ids) < 2 else _compiled(mask, grid)
+    whole = mask is None or (isinstance(mask, All) and len(grid.q.ids | grid.k.ids) < 2)
+    block_map = None if whole or mask is None else mask.block_map(grid, block_q=BLOCK, block_k=BLOCK, device="cpu")
     blocks, shape = torch_ops.map_tensors(block_map, backward=needs_grad)
     a = _op_args(score_mod, q, grid)
     run = torch_ops.cpu_attention if needs_grad or torch.compiler.is_compiling() else torch_ops.attention
     return run(q, k, v, blocks, shape, scale, sink, a.codes, a.softcap, a.alibi, a.bias, a.positions)
-
-
-def _compiled(mask: Mask, grid: Grid):  # type: ignore[no-untyped-def]
-    return mask.block_map(grid, block_q=BLOCK, block_k=BLOCK, device="cpu")

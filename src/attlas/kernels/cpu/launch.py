@@ -1,4 +1,4 @@
-"""Calls into the compiled core: tensors in, tensors out. No validation beyond what keeps memory safe, no choice between implementations."""
+"""Calls into the compiled core: tensors in, tensors out; no validation of user input, no choice between implementations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Mods:
 
 @dataclass(frozen=True)
 class MapTensors:
-    """A BlockMap as the core reads it: (row_ptr, cols, tile_ids, tiles) and, for backward, (col_ptr, rows, tile_ids) by key block."""
+    """A BlockMap as the core reads it: (row_ptr, cols, tile_ids, tiles); for backward also (col_ptr, rows, tile_ids) by key block."""
 
     shape: tuple[int, int, int, int]  # batch, heads, block_q, block_k
     forward: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -55,7 +55,9 @@ def flat(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _attention_args(q: Tensor, k: Tensor, v: Tensor, blocks: MapTensors | None, mods: Mods, scale: float, isa: str) -> AttentionArgs:
+def _attention_args(
+    q: Tensor, k: Tensor, v: Tensor, blocks: MapTensors | None, mods: Mods, scale: float, isa: str
+) -> AttentionArgs:
     a = AttentionArgs()
     a.dtype, a.threads, a.isa, a.scale = DTYPES[q.dtype], torch.get_num_threads(), ISA[isa], scale
     a.batch, a.q_len, a.heads, a.dim = q.shape
@@ -92,9 +94,18 @@ def _run(name: str, args: ctypes.Structure) -> None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, blocks: MapTensors | None, mods: Mods, scale: float, sink: Tensor | None = None, isa: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: MapTensors | None,
+    mods: Mods,
+    scale: float,
+    sink: Tensor | None = None,
+    isa: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """softmax(mods(scale q k^T)) v over the pairs of `blocks` (None = all). -> out [B, Tq, H, Dv], lse fp32 [B, Tq, H] (natural log).
+    """softmax(mods(scale q k^T)) v over the pairs of `blocks` (None = all).
+
+    -> out [B, Tq, H, Dv], lse fp32 [B, Tq, H] (natural log).
 
     q [B, Tq, H, D], k [B, Tk, Hkv, D], v [B, Tk, Hkv, Dv], fp32 / bf16 / fp16, any strides; sink fp32 [H]. Empty rows: 0, -inf.
     """
@@ -148,7 +159,7 @@ def backward(
 
 @dataclass(frozen=True)
 class Visible:
-    """Which keys of its cache a new token at position p sees: [p - left, p] (causal) or [p - left, length), and the first `sinks`.
+    """Which keys of its cache a new token at position p sees: [p - left, p] (causal) or [p - left, length), the first `sinks` too.
 
     left counts other keys, None = all of them.
     """
@@ -172,13 +183,15 @@ def decode(
     sink: Tensor | None = None,
     isa: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The newest q.shape[1] tokens of each sequence over its cache, split along the keys. -> out [B, Tq, H, Dv], lse fp32 [B, Tq, H].
+    """The newest q.shape[1] tokens of each sequence over its cache, split along the keys.
+
+    -> out [B, Tq, H, Dv], lse fp32 [B, Tq, H] (natural log).
 
     q            [B, Tq, H, D]; token t of sequence b stands at lengths[b] - Tq + t
     k, v         [B, capacity, Hkv, D | Dv], or pages [P, page_size, Hkv, D | Dv] with block_table int32 [B, max_blocks]
     lengths      tokens in each cache, the new ones included; only the pages that hold them are looked at
     softcap, alibi (fp32 [H]), sink (fp32 [H])   0 / None = without; softcap comes before ALiBi
-    A row's result does not depend on the other sequences or on the threads. Bytes read: the visible keys and values once per kv head.
+    A row's result does not depend on the other sequences or on the threads. Bytes read: the visible keys and values, once.
     """
     q, k, v = flat(q), flat(k), flat(v)
     count = torch.as_tensor(lengths, dtype=torch.int64).contiguous()

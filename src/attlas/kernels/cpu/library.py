@@ -1,4 +1,4 @@
-"""Finds and describes the compiled CPU core: one shared library beside this file, spoken to through ctypes (no torch headers, so any torch works)."""
+"""Finds and describes the compiled CPU core: one shared library beside this file, spoken to through ctypes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class AttentionArgs(Structure):
     """Mirror of `AttlasAttention` in csrc/api.h."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("dtype", "batch", "heads", "kv_heads", "q_len", "k_len", "dim", "dim_v", "threads", "isa")),
+        *(
+            (name, c_int64)
+            for name in ("dtype", "batch", "heads", "kv_heads", "q_len", "k_len", "dim", "dim_v", "threads", "isa")
+        ),
         *((name, c_int64) for name in ("map_batch", "map_heads", "block_q", "block_k")),
         *((name, c_void_p) for name in ("row_ptr", "cols", "tile_ids", "tiles", "col_ptr", "rows", "row_tile_ids")),
         *((name, c_void_p) for name in ("q", "k", "v", "out", "out_w")),

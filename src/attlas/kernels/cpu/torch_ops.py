@@ -2,7 +2,7 @@
 
 attlas::cpu_attention(q, k, v, ...) -> (out, lse), differentiable in q, k, v, bias and sink (alibi slopes are constants);
 attlas::cpu_attention_backward its gradient; attlas::cpu_decode(q, k, v, lengths, ...) -> (out, lse) without gradient.
-A BlockMap travels as a list of tensors: (row_ptr, cols, tile_ids, tiles), followed for training by its transpose (row_ptr, cols, tile_ids).
+A BlockMap travels as a list of tensors: (row_ptr, cols, tile_ids, tiles), then for training those of its transpose.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Tq, H, D], k [B, Tk, Hkv, D], v [B, Tk, Hkv, Dv] -> out [B, Tq, H, Dv], lse fp32 [B, Tq, H]. See `launch.forward`.
 
-    codes: score modifications in order (launch.ALIBI, BIAS, SOFTCAP); bias fp32 [B|1, H|1, Tq, Tk]; positions int32 ([Tq], [Tk]) or ().
+    codes: score modifications in order (launch.ALIBI, BIAS, SOFTCAP); bias fp32 [B|1, H|1, Tq, Tk]; positions int32.
     """
     q_pos, k_pos = positions if positions else (None, None)
     return launch.forward(q, k, v, _blocks(blocks, block_shape), _mods(codes, softcap, alibi, bias, q_pos, k_pos), scale, sink)
@@ -102,7 +102,9 @@ def attention_backward(
     return g.dq, g.dk, g.dv, dsink, dbias
 
 
-cpu_attention_backward = torch.library.custom_op("attlas::cpu_attention_backward", attention_backward, mutates_args=(), device_types="cpu")
+cpu_attention_backward = torch.library.custom_op(
+    "attlas::cpu_attention_backward", attention_backward, mutates_args=(), device_types="cpu"
+)
 
 
 @cpu_attention_backward.register_fake
@@ -149,7 +151,8 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
         q, k, v, blocks, block_shape, scale, sink, codes, softcap, alibi, bias, positions, [out, lse, dout, dlse], want_bias
     )
     no_blocks, no_positions = [None] * len(blocks), [None] * len(positions)
-    no_shape, no_codes = (None if x else [] for x in (block_shape, codes))  # torch takes an empty list for a list of tensors
+    no_shape: list | None = None if block_shape else []
+    no_codes: list | None = None if codes else []  # torch takes an empty list for a list of tensors
     dsink = dsink if sink is not None and ctx.needs_input_grad[6] else None
     return dq, dk, dv, no_blocks, no_shape, None, dsink, no_codes, None, None, dbias if want_bias else None, no_positions
 

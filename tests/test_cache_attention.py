@@ -9,16 +9,13 @@ import torch
 
 from attlas.cache import ContiguousPart, PagedPart, PagePool, PartSpec, RingPart, make_cache
 from attlas.errors import OptionError, ShapeError, UnsupportedError
-from attlas.kernels.cpu.library import load
 from attlas.masks import Causal, Dilated, Local, Padding, PerHead, Prefix, Sinks, Window
 from attlas.ops.cached import attention_cached
 from attlas.reference.softmax import attention as reference
 from attlas.scores import Alibi, RelativeBias, Softcap
 from attlas.shapes import AuxRequest, SeqInfo
+from cache_streams import DV, HKV, LSE, SINKS, WINDOW, D, H, T, inputs, poison, spec, stream, truth
 
-T, H, HKV, D, DV = 61, 6, 2, 5, 3
-WINDOW, SINKS = 11, 3
-LSE = AuxRequest(lse=True)
 CHUNKS = {
     "whole": [T],
     "token by token": [1] * T,
@@ -34,51 +31,6 @@ MASKS = {
     "local": (Causal() & Local(7), 7, 0),
     "two windows": (PerHead((Window.last(3), Window.last(WINDOW), Causal() & Local(5)) * 2), WINDOW, 0),
 }
-
-
-def spec(window: int | None = None, sinks: int = 0) -> PartSpec:
-    return PartSpec("kv", (("k", (HKV, D)), ("v", (HKV, DV))), window, sinks)
-
-
-def inputs(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(tokens, h, d, generator=g, dtype=dtype) for h, d in ((H, D), (HKV, D), (HKV, DV)))
-
-
-def truth(q, k, v, mask, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    allowed = None if mask is None else mask.to_bool(len(q), len(k))
-    where = torch.arange(len(k))
-    out, lse = reference(
-        q[None],
-        k[None],
-        v[None],
-        mask_bool=allowed,
-        score_mod=options.get("score_mod"),
-        q_pos=where[len(k) - len(q) :],
-        k_pos=where,
-        scale=options.get("scale", D**-0.5),
-        sink=options.get("sink"),
-    )
-    return out[0], lse[0]
-
-
-def poison(part) -> None:
-    for t in part.pool.tensors if isinstance(part, PagedPart) else part._storage:
-        t.fill_(float("nan"))
-
-
-def stream(part, q, k, v, chunks, row=0, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write and read in chunks, from where the row stands."""
-    outs, lses, at = [], [], part.lengths[row]
-    for n in chunks:
-        seq = SeqInfo((n,), starts=(at,), ids=(row,))
-        part.write((k[at : at + n], v[at : at + n]), seq)
-        out, aux = attention_cached(q[at : at + n], part, seq=seq, return_aux=LSE, **options)
-        part.end_step()
-        outs.append(out)
-        lses.append(aux.lse)
-        at += n
-    return torch.cat(outs), torch.cat(lses)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
@@ -110,73 +62,6 @@ def test_score_mod_scale_and_sink_reach_every_read(layout):
                 out, lse = stream(part, *(t.to(dtype) for t in (q, k, v)), [17, 1, 1, 29, 13], mask=mask, **options)
                 assert (out - want).abs().max() < bound
                 assert (lse - want_lse).abs().max() < bound
-
-
-@pytest.mark.parametrize("mask", [Causal(), Causal() & Window.last(WINDOW)], ids=["causal", "window"])
-def test_ragged_over_pages_is_each_alone_over_contiguous_to_the_bit(mask):
-    rows, lengths = (3, 0, 2), (37, 5, 18)
-    data = [inputs(length + 9, seed, torch.float32) for seed, length in enumerate(lengths)]
-    part = PagedPart(spec(), 5, PagePool(spec(), 17, 8, dtype=torch.float32))
-    poison(part)
-    done = [0, 0, 0]
-    for counts in (lengths, (1, 1, 1), (1, 3, 1), (0, 1, 2), (1, 1, 1)):  # one prefill, then steps in which pages interleave
-        seq = SeqInfo(counts, starts=tuple(done), ids=rows)
-        pieces = [[t[a : a + n] for t in each] for each, a, n in zip(data, done, counts, strict=True)]
-        q, k, v = (torch.cat([p[i] for p in pieces]) for i in range(3))
-        part.write((k, v), seq)
-        out, aux = attention_cached(q, part, seq=seq, mask=mask, return_aux=LSE)
-        part.end_step()
-        for i, (a, n) in enumerate(zip(done, counts, strict=True)):
-            alone = ContiguousPart(spec(), 1, dtype=torch.float32)
-            alone.write(tuple(t[: a + n] for t in data[i][1:]), SeqInfo((a + n,)))
-            want, want_aux = attention_cached(
-                data[i][0][a : a + n], alone, seq=SeqInfo((n,), starts=(a,)), mask=mask, return_aux=LSE
-            )
-            begin = sum(counts[:i])
-            assert torch.equal(out[begin : begin + n], want)
-            assert torch.equal(aux.lse[begin : begin + n], want_aux.lse)
-        done = [a + n for a, n in zip(done, counts, strict=True)]
-    assert len({part.pages(row)[0] for row in rows}) == 3
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_rows_that_stand_alike_are_one_call(window, monkeypatch):
-    mask = Causal() if window is None else Causal() & Window.last(window)
-    part = make_cache([spec(window)], 5, 23, dtype=torch.float64).parts[0]
-    data = [inputs(23, seed) for seed in range(5)]
-    for begin, n in ((0, 13), (13, 1), (14, 1)):
-        seq = SeqInfo((n,) * 3, starts=(begin,) * 3, ids=(1, 2, 3))
-        q, k, v = (torch.cat([data[r][i][begin : begin + n] for r in (1, 2, 3)]) for i in range(3))
-        part.write((k, v), seq)
-        if begin:
-            monkeypatch.setattr(type(part), "read", lambda *a: pytest.fail("a row was read alone"))
-        out = attention_cached(q, part, seq=seq, mask=mask)
-        part.end_step()
-    monkeypatch.undo()
-    for i, r in enumerate((1, 2, 3)):
-        want, _ = truth(*(t[:15] for t in data[r]), mask)
-        assert (out[i] - want[14]).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "paged"])
-def test_a_ragged_step_is_one_kernel_call_that_copies_no_keys(layout, monkeypatch):
-    """Sequences of any lengths, several of them with as many queries: nothing is gathered where the compiled core is installed."""
-    lengths, counts = (29, 3, 18, 40), (1, 1, 2, 1)
-    data = [inputs(n, i, torch.float32) for i, n in enumerate(lengths)]
-    part = make_cache([spec()], 4, 48, layout=layout, page_size=8).parts[0]
-    for row, (_, k, v) in enumerate(data):
-        part.write((k, v), SeqInfo((len(k),), ids=(row,)))
-    order = (2, 0, 3, 1)
-    counts = tuple(counts[r] for r in order)
-    q = torch.cat([data[r][0][-n:] for r, n in zip(order, counts, strict=True)])
-    if load() is not None:
-        for name in ("read", "read_dense"):
-            monkeypatch.setattr(type(part), name, lambda *a: pytest.fail("keys were gathered"))
-    for mask in (Causal(), Causal() & Window.last(7), Causal() & (Window.last(5) | Sinks(2))):
-        out, aux = attention_cached(q, part, seq=SeqInfo(counts, ids=order), mask=mask, return_aux=LSE)
-        for got, lse, r, n in zip(out.split(counts), aux.lse.split(counts), order, counts, strict=True):
-            want, want_lse = truth(*(t.double() for t in data[r]), mask)
-            assert (got - want[-n:]).abs().max() < 5e-6 and (lse - want_lse[-n:]).abs().max() < 5e-6
 
 
 def test_rows_in_any_order_and_with_nothing_to_do():
@@ -234,7 +119,7 @@ def test_nothing_of_unused_memory_is_read(kind, dtype):
 def test_masks_and_biases_written_for_a_batch():
     lengths, rows = (9, 13, 9), (2, 0, 1)
     data = [inputs(n, i) for i, n in enumerate(lengths)]
-    part = make_cache([spec()], 3, 13, dtype=dtype).parts[0]
+    part = make_cache([spec()], 3, 13, dtype=torch.float64).parts[0]
     q, k, v = (torch.cat([d[i] for d in data]) for i in range(3))
     seq = SeqInfo(lengths, starts=(0, 0, 0), ids=rows)
     part.write((k, v), seq)
@@ -349,6 +234,18 @@ def test_a_mask_that_asks_for_dropped_tokens_is_refused():
             Window.last(5) & Causal() | Sinks(2),
         ):
             assert attention_cached(q[-1:], part, seq=seq, mask=mask).isfinite().all()
+
+
+def test_dropped_tokens_are_missed_in_a_batch_too():
+    q, k, v = inputs(2 * T)
+    for layout in ("contiguous", "paged"):
+        part = make_cache([spec(WINDOW, SINKS)], 2, None, layout=layout, page_size=8, dtype=torch.float64).parts[0]
+        part.write((k, v), SeqInfo((T, T)))
+        part.end_step()
+        seq = SeqInfo((1, 1), starts=(T - 1, T - 1))
+        with pytest.raises(UnsupportedError, match="no longer holds"):
+            attention_cached(q[:2], part, seq=seq, mask=Causal())
+        assert attention_cached(q[:2], part, seq=seq, mask=Window.last(WINDOW)).isfinite().all()
 
 
 def test_dilated_masks_are_checked_key_by_key():

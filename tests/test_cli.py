@@ -260,6 +260,21 @@ def test_compare_refuses(arguments: tuple[str, ...], says: str):
     assert says in refused("compare", *arguments)
 
 
+# ---- bench
+
+
+def test_bench_masks_measures():
+    small = ("--tokens", "1024", "--peer-tokens", "256", "--repeats", "1", "--no-rss")
+    found = answer("bench", "masks", *small)
+    assert found["peer"]["agree"] is True
+    assert {row["tokens"] for row in found["long"]} == {1024}
+    assert "times faster" in attlas("bench", "masks", *small).stdout
+
+
+def test_bench_attention_takes_the_names_of_its_cases():
+    assert "fp32 causal" in refused("bench", "attention", "--only", "no such case")
+
+
 # ---- generate
 
 

@@ -25,7 +25,7 @@ class RingPart(TokenPart):
     tokens.
 
     Reads return slot order: a wrapped buffer is one view whose axis has up to three segments. Reads of a chunk that was kept
-    aside copy. `span` is not used to narrow a read.
+    aside copy. A `span` leaves out the sinks or the window as a whole, which keeps the other one a view.
     Bytes: rows * min(window + rollback + sinks, max_len) * elements per token, plus the chunks of an open step.
     Source: Mistral 7B (arXiv 2310.06825) for the buffer, StreamingLLM (arXiv 2309.17453) for the sinks.
     """
@@ -82,6 +82,12 @@ class RingPart(TokenPart):
         stored = self._stored(row)
         runs = self._slots(0, min(stored, self._sinks)) + self._slots(max(self._first_rolling(row), self._sinks), stored)
         return sorted(runs)
+
+    def _wanted_slots(self, row: int, span: Span | None) -> list[tuple[int, int, int]]:
+        """The runs of `_held_slots` that meet the span: sinks alone, or the window alone, are one view each."""
+        low, high = span if span is not None else (None, None)
+        runs = self._held_slots(row)
+        return [r for r in runs if (high is None or r[1] <= high) and (low is None or r[1] + r[2] > low)]
 
     # ---- writing ------------------------------------------------------------------------------------------------------------
 
@@ -156,7 +162,7 @@ class RingPart(TokenPart):
     # ---- reading ------------------------------------------------------------------------------------------------------------
 
     def read(self, row: int, span: Span | None = None) -> Held:
-        runs, aside = self._held_slots(self._row(row)), self._aside.get(row)
+        runs, aside = self._wanted_slots(self._row(row), span), self._aside.get(row)
         axis = [(position, count) for _, position, count in runs]
         if aside is not None:
             axis.append((self._stored(row), len(aside[0])))
@@ -169,7 +175,7 @@ class RingPart(TokenPart):
     def read_dense(self, rows: Sequence[int], span: Span | None = None) -> Held | None:
         if not rows or not self._even(rows) or self._aside.keys() & set(rows):
             return None
-        runs = self._held_slots(rows[0])
+        runs = self._wanted_slots(rows[0], span)
         views = _joined(runs)
         if len(views) != 1:
             return None

@@ -17,6 +17,8 @@ MODULES = (
     "attlas.catalogue.cards.patterns:CARDS",
     "attlas.catalogue.cards.sparse_transformer:CARDS",
     "attlas.catalogue.cards.linear:CARDS",
+    "attlas.catalogue.cards.latent:CARDS",
+    "attlas.catalogue.cards.sparse:CARDS",
 )
 
 

@@ -90,15 +90,15 @@ def bench_masks() -> Callable[..., None]:
 
 
 def bench_attention() -> Callable[..., None]:
-    """Time the implementations of attention against named peers and against the machine's own limits.
+    """Time attention on the CPU against SDPA, FlexAttention, the naive formula and what the machine can do.
 
     Examples:
 
         attlas bench attention
 
-        attlas bench attention --json
+        attlas bench attention --only 'short rows' --only decode --no-flex --json
     """
-    return bench("attlas.lab.bench_attention")
+    return bench("attlas.lab.bench_cpu")
 
 
 def bench(module: str) -> Callable[..., None]:

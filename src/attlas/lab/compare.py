@@ -162,6 +162,10 @@ def _do_all(trials: Sequence[Trial], store: Store, shown: Progress) -> None:
         _do(trial, store, shown)
 
 
+def _silent(fraction: float, text: str = "") -> None:
+    """The gates are too short to be shown."""
+
+
 def _do(trial: Trial, store: Store, shown: Progress, *, quiet: bool = False) -> None:
     """Run a trial unless it is stored; store how it went."""
     if store.done(trial.key):
@@ -171,7 +175,7 @@ def _do(trial: Trial, store: Store, shown: Progress, *, quiet: bool = False) -> 
     began = time.perf_counter()
     record: dict[str, Any] = {"key": trial.key, "stage": trial.stage, "what": trial.what, "settings": trial.settings}
     try:
-        result = trial.run(lambda fraction, text="": shown.tick(fraction, text) if not quiet else None)
+        result = trial.run(_silent if quiet else shown.tick)
     except Diverged as error:
         record |= {"status": "diverged", "error": str(error)}
     except (AttlasError, RuntimeError, MemoryError) as error:

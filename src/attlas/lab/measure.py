@@ -145,7 +145,7 @@ def fit_power_law(lengths: Sequence[float], values: Sequence[float], *, last: in
 
 
 def gemm_rate(
-    dtype: torch.dtype = torch.float32, *, size: int = 1536, repeats: int = 7, device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32, *, size: int = 1024, repeats: int = 7, device: torch.device | str = "cpu"
 ) -> float:
     """FLOP/s of one `size x size x size` matrix product (2 size^3 FLOP), median of `repeats`: the roof of all attention code."""
     a = torch.randn(size, size, device=device).to(dtype)

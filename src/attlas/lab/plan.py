@@ -29,6 +29,7 @@ SHARE: Mapping[Stage, float] = {"text": 0.44, "recall": 0.31, "speed": 0.22, "ca
 MARGIN = 0.9  # of the time is given away; the rest absorbs what a calibration of seconds cannot know
 WINDOWS = 128  # held-out windows
 RECALL_BATCH, RECALL_EXAMPLES, RECALL_CHECK = 64, 256, 25
+CACHE_LENGTHS, LONGEST_CACHE = (256, 512, 1024, 2048), 8192
 TASK = RecallTask()
 FEWEST, MOST_TEXT, MOST_RECALL = 20, 3000, 1200
 
@@ -156,8 +157,8 @@ class Planner:
         if "speed" in self.options.stages:
             plan = self._speed(plan, budget["speed"])
         if "cache" in self.options.stages:
-            longest = max((n for n, labels in plan.speed.items() if len(labels) == len(self.timed)), default=2048)
-            plan = replace(plan, cache=tuple(n for n in (256, 512, 1024, 2048, 4096, 8192) if n <= max(1024, min(longest, 4096))))
+            shared = [n for n, labels in plan.speed.items() if len(labels) == len(self.timed) and n <= LONGEST_CACHE]
+            plan = replace(plan, cache=tuple(shared or CACHE_LENGTHS))
         return plan
 
     # ---- calibration ------------------------------------------------------------------------------------------------------

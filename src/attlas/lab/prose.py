@@ -113,7 +113,7 @@ def _cache(rows: list[dict[str, Any]]) -> Headline | None:
     best = min(rows, key=lambda r: r["cache_bytes"])
     full = next((r["cache_bytes"] for r in rows if r["mechanism"] == REFERENCE), None)
     ties = [r["mechanism"] for r in rows if r is not best and r["cache_bytes"] == best["cache_bytes"]]
-    note = f"one layer after {best['length']:,} tokens" if best["length"] else "one layer"
+    note = f"one layer after {best['cache_length']:,} tokens"
     if full and full > best["cache_bytes"]:
         note += f", {full / best['cache_bytes']:.3g} times less than causal"
     if ties:
@@ -171,9 +171,9 @@ def _method_recall(plan: dict[str, Any], heads: int) -> str:
     return (
         f"Recall: multi-query associative recall (Zoology, arXiv:2312.04927) with {task['pairs']} pairs of key and value in "
         f"{task['length']} tokens, a vocabulary of {task['vocab']}, queries placed by the paper's power law and fillers left "
-        f"blank. Two layers of width {RECALL_HEAD_DIM * heads}: short convolution, the mechanism, a small feed-forward network; weights equal to 2 %. "
-        f"Fresh examples every step, at most {recall['steps']:,} steps of {recall['batch']}; a run stops once it answers 99 % "
-        "of held-out queries."
+        f"blank. Two layers of width {RECALL_HEAD_DIM * heads}: short convolution, the mechanism, a small feed-forward network; "
+        f"weights equal to 2 %. Fresh examples every step, at most {recall['steps']:,} steps of {recall['batch']}; a run stops "
+        "once it answers 99 % of held-out queries."
     )
 
 

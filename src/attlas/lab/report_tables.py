@@ -33,6 +33,7 @@ def summary(results: Results, style: Style) -> str:
     """Everything in one sortable table."""
     rows = results.rows()
     length = f"at {rows[0]['length']:,}" if rows and rows[0]["length"] else ""
+    held = next((f"layer at {r['cache_length']:,}" for r in rows if r["cache_length"]), "")
     columns = [
         Column("bits_per_byte", "Bits per byte", "± window error", _bits, "min"),
         Column("bits_to_causal", "to causal", "bits", _gap),
@@ -44,7 +45,7 @@ def summary(results: Results, style: Style) -> str:
         Column("train_seconds", "Train step", length, _timed("train"), "min", True),
         Column("decode_seconds", "Decode", f"per token {length}", _timed("decode"), "min", True),
         Column("train_peak_bytes", "Peak memory", f"train {length}", lambda r: units.nbytes(r["train_peak_bytes"]), "min", True),
-        Column("cache_bytes", "Cache", f"layer {length}", lambda r: units.nbytes(r["cache_bytes"]), "min", True),
+        Column("cache_bytes", "Cache", held, lambda r: units.nbytes(r["cache_bytes"]), "min", True),
         Column("parameters", "Weights", "model", lambda r: units.count(r["parameters"])),
     ]
     shown = [c for c in columns if any(r.get(c.key) is not None for r in rows)]

@@ -154,19 +154,19 @@ class Results:
             out[f"{what}_to_causal"] = seconds / reference[what]["median"] if seconds and reference else None
             out[f"{what}_exponent"] = law.exponent if law else None
         out["train_peak_bytes"] = here["train_peak"] if here else None
-        out["cache_bytes"] = self._cache_at(label, length)
+        out["cache_length"], out["cache_bytes"] = self._cache_row(label)
         out["longest_length"] = max(rows, default=None)
         out["faster_than_causal_from"] = self._crossover(label)
         limits = self.limits()
         out["prefill_of_gemm"] = here["flops"] / here["prefill"]["median"] / limits["gemm_float32"] if here and limits else None
         return out
 
-    def _cache_at(self, label: str, length: int | None) -> int | None:
+    def _cache_row(self, label: str) -> tuple[int | None, int | None]:
+        """The longest length whose cache was measured, and its bytes."""
         for r in self.outcomes("cache", label):
-            by_length = {s["length"]: s["measured"] for s in r["sizes"]}
-            return by_length.get(length, by_length[max(by_length)]) if length is not None else by_length[max(by_length)]
-        rows = self.layers(label)
-        return rows[length]["cache_bytes"] if length in rows else None
+            last = max(r["sizes"], key=lambda s: s["length"])
+            return last["length"], last["measured"]
+        return None, None
 
     def _crossover(self, label: str) -> int | None:
         """The shortest length from which on this mechanism's prefill beats that of `causal` at every length timed for both."""

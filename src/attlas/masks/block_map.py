@@ -180,7 +180,7 @@ class BlockMap:
             from attlas.masks.compile import within
             from attlas.masks.expr import All
 
-            return within(mask or All(), grid, chosen.cpu(), block_q, block_k).to(device or chosen.device)
+            return within(All() if mask is None else mask, grid, chosen.cpu(), block_q, block_k).to(device or chosen.device)
         counts = chosen.sum(-1).flatten()
         row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         cols = chosen.nonzero()[:, -1].int()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from attlas.masks.expr import Leaf, Mask, Span
 from attlas.masks.options import integer, optional_integer, shorten
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Blocks(Leaf):
     """allowed[q // block_size, k // block_size]; positions outside of the matrix may not attend.
 
@@ -27,14 +27,14 @@ class Blocks(Leaf):
     written as strings: `Blocks(("100", "110"), 64)`.
     """
 
-    allowed: Any
+    allowed: Tensor
     block_size: int
     effort = 1
 
-    def __post_init__(self) -> None:
-        call = f"Blocks({shorten(self.allowed)}, {self.block_size!r})"
-        object.__setattr__(self, "block_size", integer(call, "block_size", self.block_size, 1))
-        object.__setattr__(self, "allowed", _bool_matrix(call, self.allowed))
+    def __init__(self, allowed: Tensor | Sequence[Any], block_size: int) -> None:
+        call = f"Blocks({shorten(allowed)}, {block_size!r})"
+        object.__setattr__(self, "block_size", integer(call, "block_size", block_size, 1))
+        object.__setattr__(self, "allowed", _bool_matrix(call, allowed))
 
     @property
     def heads(self) -> int | None:  # type: ignore[override]

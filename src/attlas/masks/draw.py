@@ -31,9 +31,9 @@ def pattern(mask: Mask, Tq: int, Tk: int, rows: int, cols: int) -> list[list[flo
     the next cell's first one (for large masks: moved by at most a thousandth of the axis); with more cells than
     tokens, neighbouring cells show the same token. Cost: the cells, and the blocks on the mask's edges, never Tq * Tk.
     """
+    grid = Grid.dense(Tq, Tk)
     if min(rows, cols) < 1:
         raise OptionError(f"pattern({mask!r}, {Tq}, {Tk}, rows={rows}, cols={cols}): a picture needs at least one cell each way")
-    grid = Grid.dense(Tq, Tk)
     mask.check_on(grid)
     if not Tq or not Tk:
         return [[0.0] * cols for _ in range(rows)]
@@ -52,6 +52,7 @@ def to_text(mask: Mask, Tq: int, Tk: int, width: int = 64) -> str:
     """
     if width < 1:
         raise OptionError(f"to_text({mask!r}, {Tq}, {Tk}, width={width}): width must be positive")
+    mask.check_on(Grid.dense(Tq, Tk))
     head = f"{mask!r}  {Tq} queries down, {Tk} keys across"
     if not Tq or not Tk:
         return head
@@ -68,14 +69,15 @@ def to_svg(mask: Mask, Tq: int, Tk: int, size: int = 480) -> str:
     """A drawing as a stand-alone SVG document, the longer side `size` pixels, axes labelled with positions."""
     if size < 1:
         raise OptionError(f"to_svg({mask!r}, {Tq}, {Tk}, size={size}): size must be positive")
+    mask.check_on(Grid.dense(Tq, Tk))
     longest = max(Tq, Tk, 1)
     width, height = (max(8.0, size * T / longest) for T in (Tk, Tq))
     rows, cols = (max(1, min(T, MOST_CELLS)) for T in (Tq, Tk))
     left, top, margin = 64, 56, 16
-    total = f"{width + left + margin:g} {height + top + margin:g}"
+    across, down = f"{width + left + margin:g}", f"{height + top + margin:g}"
     body = [*_svg_cells(pattern(mask, Tq, Tk, rows, cols), width, height), *_svg_axes(Tq, Tk, width, height)]
     lines = "\n".join(f"    {line}" for line in body)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total}" width="{total.split()[0]}" height="{total.split()[1]}">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {down}" width="{across}" height="{down}">
   <title>{escape(repr(mask))}</title>
   <rect width="100%" height="100%" fill="white"/>
   <g transform="translate({left} {top})" font-family="system-ui, sans-serif" font-size="11" fill="{TEXT}">
@@ -161,7 +163,7 @@ def _shade(density: float) -> str:
 
 
 def _svg_cells(cells: list[list[float]], width: float, height: float) -> Iterator[str]:
-    """One rectangle for each run of equal cells in a row; the rows of a cell are drawn a little into each other."""
+    """One rectangle for each run of equal cells in a row."""
     yield f'<rect width="{width:g}" height="{height:g}" fill="{PAPER}"/>'
     high, wide = height / len(cells), width / len(cells[0])
     for r, row in enumerate(cells):
@@ -173,6 +175,10 @@ def _svg_cells(cells: list[list[float]], width: float, height: float) -> Iterato
                 box = f'x="{start * wide:.2f}" y="{r * high:.2f}" width="{n * wide:.2f}" height="{high:.2f}"'
                 yield f'<rect {box} fill="{INK}"{opacity} shape-rendering="crispEdges"/>'
             start += n
+    if max(len(cells), len(cells[0])) <= 32:  # few enough to be told apart
+        lines = [f"M0 {r * high:.2f}h{width:g}" for r in range(1, len(cells))]
+        lines += [f"M{c * wide:.2f} 0v{height:g}" for c in range(1, len(cells[0]))]
+        yield f'<path d="{"".join(lines)}" stroke="white"/>'
 
 
 def _svg_axes(Tq: int, Tk: int, width: float, height: float) -> Iterator[str]:
@@ -192,5 +198,3 @@ def _ticks(T: int, length: float, first: int) -> Iterator[tuple[float, int]]:
         step = next(s for e in range(30) for s in (10**e, 2 * 10**e, 5 * 10**e) if s * room >= T)
         for t in range(-first % step, T, step):
             yield (t + 0.5) * length / T, first + t
-
-

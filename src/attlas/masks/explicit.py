@@ -62,6 +62,9 @@ class Dense(Leaf):
         view = "" if self._view is None else f" row {self._view[0]} head {self._view[1]}"
         return f"Dense(<bool {list(self.tensor.shape)} at {id(self.tensor):#x}{view}>)"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _version=_version(state["tensor"]))
+
     def at(self, row: int, head: int) -> Mask:
         if self.tensor.ndim == 2 or self._view is not None:
             return self
@@ -128,21 +131,21 @@ class Dense(Leaf):
         return (int(cols[0]), int(cols[-1])) if len(cols) else None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class PerHead(Leaf):
     """masks[h] for head h: heads that look at different things (windows of different lengths, retrieval and streaming heads)."""
 
     masks: tuple[Mask, ...]
 
-    def __post_init__(self) -> None:
-        masks = tuple(self.masks) if isinstance(self.masks, Sequence) else self.masks
-        if not isinstance(masks, tuple) or not masks or not all(isinstance(m, Mask) for m in masks):
-            raise OptionError(f"PerHead({shorten(self.masks)}): wanted one mask for each head")
+    def __init__(self, masks: Sequence[Mask]) -> None:
+        call = f"PerHead({shorten(masks)})"
+        if not isinstance(masks, Sequence) or not masks or not all(isinstance(m, Mask) for m in masks):
+            raise OptionError(f"{call}: wanted one mask for each head")
         for m in masks:
             if m.heads is not None:
-                raise ShapeError(f"PerHead({shorten(self.masks)}): {m!r} differs by head itself")
-        object.__setattr__(self, "masks", masks)
-        _ = self.batch
+                raise ShapeError(f"{call}: {m!r} differs by head itself")
+        object.__setattr__(self, "masks", tuple(masks))
+        _ = self.batch  # masks that cannot go together are refused here
 
     @property
     def heads(self) -> int | None:  # type: ignore[override]

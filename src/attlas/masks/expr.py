@@ -442,7 +442,8 @@ def agree(mask: Compound, name: str) -> int | None:
     """The one batch size or head count that the operands ask for."""
     sizes = {getattr(m, name) for m in mask.operands} - {None}
     if len(sizes) > 1:
-        raise ShapeError(f"{mask!r}: operands are written for different numbers of {name}: {sorted(sizes)}")
+        what = "batch rows" if name == "batch" else name
+        raise ShapeError(f"{mask!r}: operands are written for different numbers of {what}: {sorted(sizes)}")
     return sizes.pop() if sizes else None
 
 

@@ -5,6 +5,7 @@ Below q and k are the absolute positions of a query and a key.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -251,20 +252,20 @@ class Fixed(Leaf):
         return (None, None) if self.summary else Local(self.block).hull(q_lo, q_hi)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Prefix(Leaf):
     """k < n: every query sees the first n keys. With one n per batch row, `Prefix((5, 3))`, the mask needs that batch size."""
 
     n: int | tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        call = f"Prefix({shorten(self.n)})"
-        if isinstance(self.n, (tuple, list, range, Tensor)) and not (isinstance(self.n, Tensor) and self.n.ndim == 0):
-            object.__setattr__(self, "n", integers(call, "n", self.n, 0))
+    def __init__(self, n: int | Sequence[int] | Tensor) -> None:
+        call = f"Prefix({shorten(n)})"
+        if isinstance(n, (tuple, list, range)) or (isinstance(n, Tensor) and n.ndim):
+            object.__setattr__(self, "n", integers(call, "n", n, 0))
             if not self.n:
                 raise OptionError(f"{call}: one length per batch row is needed")
         else:
-            object.__setattr__(self, "n", integer(call, "n", self.n, 0))
+            object.__setattr__(self, "n", integer(call, "n", n, 0))
 
     @property
     def batch(self) -> int | None:  # type: ignore[override]
@@ -294,15 +295,15 @@ class Prefix(Leaf):
         return Prefix(self.n[row]) if isinstance(self.n, tuple) else self
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Padding(Leaf):
     """k < lengths[b]: batch row b has lengths[b] keys, the rest is padding on the right. Needs a batch of that size."""
 
     lengths: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        call = f"Padding({shorten(self.lengths)})"
-        object.__setattr__(self, "lengths", integers(call, "lengths", self.lengths, 0))
+    def __init__(self, lengths: Sequence[int] | Tensor) -> None:
+        call = f"Padding({shorten(lengths)})"
+        object.__setattr__(self, "lengths", integers(call, "lengths", lengths, 0))
         if not self.lengths:
             raise OptionError(f"{call}: one length per batch row is needed")
 

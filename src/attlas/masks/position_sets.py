@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,7 +16,7 @@ from attlas.masks.expr import Leaf, Span
 from attlas.masks.options import integers, shorten
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Documents(Leaf):
     """q and k lie in the same document of one dense row; `lengths` are the documents' lengths from position 0 on.
 
@@ -26,8 +27,8 @@ class Documents(Leaf):
     lengths: tuple[int, ...]
     effort = 1
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", integers(f"Documents({shorten(self.lengths)})", "lengths", self.lengths, 0))
+    def __init__(self, lengths: Sequence[int] | Tensor) -> None:
+        object.__setattr__(self, "lengths", integers(f"Documents({shorten(lengths)})", "lengths", lengths, 0))
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -67,16 +68,15 @@ class Documents(Leaf):
         return self.ends[first - 1] if first else None, self.ends[last] - 1 if last < len(self.ends) else None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Global(Leaf):
     """q in tokens or k in tokens: global positions see everything and are seen by everything (Longformer, BigBird, 2020)."""
 
     tokens: tuple[int, ...]
     effort = 1
 
-    def __post_init__(self) -> None:
-        tokens = integers(f"Global({shorten(self.tokens)})", "tokens", self.tokens, 0)
-        object.__setattr__(self, "tokens", tuple(sorted(set(tokens))))
+    def __init__(self, tokens: Sequence[int] | Tensor) -> None:
+        object.__setattr__(self, "tokens", tuple(sorted(set(integers(f"Global({shorten(tokens)})", "tokens", tokens, 0)))))
 
     @cached_property
     def _tokens(self) -> Tensor:

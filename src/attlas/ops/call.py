@@ -128,8 +128,11 @@ def make_call(
     packed = q.ndim == 3
     if grid is None:
         grid = dense_grid(q.shape[1], k.shape[1]) if seq is None else packed_grid(seq)
-    if mask is not None and (mask.batch is not None or mask.uses_index):
-        mask.check_on(grid)
+    if mask is not None:
+        try:
+            mask.check_on(grid)
+        except ShapeError as misfit:
+            raise ShapeError(f"{restate(q, k, v, sink, {'mask': mask, 'seq': seq})}: {misfit}") from None
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return AttentionCall(q, k, v, mask, score_mod, scale, sink, grid, packed, need_lse)
 
@@ -163,6 +166,8 @@ def _wrong_tensors(q: Tensor, k: Tensor, v: Tensor, seq: SeqInfo | None, grid: G
         return ShapeError, f"batch sizes differ: q has {qs[0]}, k has {ks[0]}"
     if qs[-1] != ks[-1] or qs[-1] == 0:
         return ShapeError, f"head_dim of q ({qs[-1]}) and k ({ks[-1]}) must be equal and positive"
+    if vs[-1] == 0:
+        return ShapeError, "head_dim of v must be positive"
     if ks[-2] == 0 or qs[-2] % ks[-2]:
         return ShapeError, f"the {qs[-2]} query heads cannot be shared out evenly among {ks[-2]} key heads"
     tq, tk = qs[-3], ks[-3]

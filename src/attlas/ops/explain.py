@@ -79,8 +79,7 @@ def explain(
 ) -> Explanation:
     """Explain `attention(q, k, v, ...)` without running it.
 
-    q, k, v: tensors, or shapes of tensors of `dtype` (then what depends on a device or on values is answered for the CPU and for
-    finite values). k None = q's shape with the same heads, v None = k. Raises the same errors as the op for arguments that do
+    q, k, v: tensors, or shapes of tensors of `dtype` on the CPU (without memory for them). k None = q's shape with the same heads, v None = k. Raises the same errors as the op for arguments that do
     not fit together; an `impl` that cannot run is no error here: `impl` is None in the answer.
     """
     if op not in IMPLS:
@@ -89,9 +88,6 @@ def explain(
         raise ShapeError(f"explain({op!r}): q is missing: pass a tensor or a shape")
     k = q if k is None else k
     q, k, v = (_tensor(x, dtype) for x in (q, k, k if v is None else v))
-    if q.is_meta:
-        sink = None if sink is None else sink.to("meta")
-        score_mod = None if score_mod is None else score_mod.replace_tensors([t.to("meta") for t in score_mod.tensors()])
     need_lse = return_aux is not None and return_aux.lse
     call = make_call(q, k, v, mask=mask, score_mod=score_mod, scale=scale, sink=sink, seq=seq, need_lse=need_lse)
     try:
@@ -103,7 +99,7 @@ def explain(
 
 
 def _tensor(x: Tensor | Sequence[int], dtype: torch.dtype) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.empty(tuple(x), dtype=dtype, device="meta")
+    return x if isinstance(x, Tensor) else torch.zeros((), dtype=dtype).expand(tuple(x))
 
 
 def _verdicts(op: str, call: AttentionCall, impl: str, chosen: Impl | None) -> tuple[Verdict, ...]:

@@ -123,16 +123,23 @@ class Reader:
             return []
         seen, groups = self.part.lengths, dict[int, list[int]]()
         for i, (row, first, n) in enumerate(zip(self.seq.rows, self.first, self.seq.lengths, strict=True)):
-            if 0 < n <= FEW_QUERIES and first + n == seen[row] and self.part.missing(row) == (0, 0):
+            if 0 < n <= FEW_QUERIES and first + n == seen[row]:
                 groups.setdefault(n, []).append(i)
-        tables = [(group, self.part.read_table([self.seq.rows[i] for i in group])) for group in groups.values()]
         return [
             (group, table, rule)
-            for group, table in tables
+            for group, table in map(self._table, groups.values())
             if table is not None
             and len(table.tensors) == 2
             and all(t.dtype == q.dtype and t.shape[-1] <= MAX_DIM for t in table.tensors)
         ]
+
+    def _table(self, group: list[int]) -> tuple[list[int], Table | None]:
+        """The sequences of a group whose rows are laid out by position, and their storage."""
+        table = self.part.read_table([self.seq.rows[i] for i in group])
+        if table is None:
+            group = [i for i in group if self.part.read_table([self.seq.rows[i]]) is not None]
+            table = self.part.read_table([self.seq.rows[i] for i in group]) if group else None
+        return group, table
 
     def _decode(self, group: list[int], table: Table, rule: DecodeRule) -> Result:
         n, offsets = self.seq.lengths[group[0]], self._offsets()
@@ -200,9 +207,9 @@ class Reader:
         queries = (first, first + count - 1)
         if mask is None or _allows_some(mask, queries, (begin, end - 1)):
             raise UnsupportedError(
-                f"{restate(self.q, self.part, self.seq)}, mask={mask!r}: the queries at {queries[0]} ... {queries[1]} may attend to "
-                f"positions that row {row} of {self.part!r} no longer holds ({begin} ... {end - 1} are gone); the mask must stay "
-                "inside the part's window and sinks"
+                f"{restate(self.q, self.part, self.seq)}, mask={mask!r}: the queries at {queries[0]} ... {queries[1]} may attend "
+                f"to positions that row {row} of {self.part!r} no longer holds ({begin} ... {end - 1} are gone); "
+                "the mask must stay inside the part's window and sinks"
             )
 
 

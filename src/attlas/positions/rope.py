@@ -108,8 +108,7 @@ class Rope:
             return self.inverse_frequencies().to(device, torch.float64)
         known = self._by_device.get(device)
         if known is None:
-            with torch.inference_mode(False):
-                known = self._by_device[device] = self.inverse_frequencies().to(device, torch.float64)
+            known = self._by_device[device] = self.inverse_frequencies().to(device, torch.float64)
         return known
 
     def _check(self, x: Tensor, positions: Tensor) -> None:

@@ -84,10 +84,7 @@ class Chunk:
 
 
 def chunks(shape: Shape, layout: Layout) -> Iterator[Chunk]:
-    """All (batch row, head) pairs, as few chunks as the score buffer allows; a chunk never mixes maps.
-
-    The width of slabs does not depend on the batch, so a batch row is computed alike in every batch.
-    """
+    """All (batch row, head) pairs, as few chunks as the score buffer allows; a chunk never mixes maps."""
     b, h, hkv, g = shape.batch, shape.heads, shape.kv_heads, shape.group
     if layout.heads > 1:
         for i in range(b):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attlas.kernels.blocked.block_scores import LN2, LOG2E
-from attlas.kernels.blocked.layout import FEW_QUERIES
+from attlas.kernels.blocked.layout import few_queries
 from attlas.kernels.reach import Rectangle, rectangles
 from attlas.masks.expr import Mask
 from attlas.masks.geometry import Grid
@@ -19,8 +19,8 @@ MOST_SCORES = 1 << 22  # beyond this many scores at once the slabs of the genera
 
 
 def is_few(q: Tensor, k: Tensor, grid: Grid) -> bool:
-    longest = max((s.length for s in grid.q.segments), default=0)
-    return longest <= FEW_QUERIES and q.shape[0] * q.shape[2] * longest * k.shape[1] <= MOST_SCORES
+    """Whether `attend_few` is meant for the call."""
+    return few_queries(grid) and q.numel() // q.shape[-1] * k.shape[1] <= MOST_SCORES
 
 
 def attend_few(

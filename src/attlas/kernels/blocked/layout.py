@@ -21,6 +21,9 @@ from attlas.masks.geometry import Grid
 SLAB_KEYS = 1024  # keys of a slab: enough to hide the cost of a launch, few enough that the scores of a head fit the L2 cache
 SHORT_RUN = 256  # runs of keys shorter than this are gathered into one slab, longer ones are read in place
 LONG_ROW = 2048  # mean keys of a query from which larger query blocks pay: the waste at a mask's edge no longer matters
+BLOCK_ROWS = (64, 128)  # rows of a product (query block times heads of a group), for short and for long rows of keys
+BLOCK_KEYS = (64, 128)  # keys of a block of the compiled mask, likewise
+LEAST_QUERIES = 16  # of a query block, however many heads share a key
 FEW_QUERIES = 32  # up to here the mask is evaluated directly instead of being compiled
 
 
@@ -198,20 +201,18 @@ class RectangleLayout(Layout):
 
 def make_layout(mask: Mask | None, grid: Grid, *, group: int, device: torch.device) -> Layout:
     """The cheapest layout that is exact for this mask on this grid. group: query heads that share a key head."""
-    longest = max((s.length for s in grid.q.segments), default=0)
-    if (mask is None and not grid.packed) or longest <= FEW_QUERIES:
+    fine, coarse = (max(LEAST_QUERIES, rows >> (min(group, 8).bit_length() - 1)) for rows in BLOCK_ROWS)
+    if (mask is None and not grid.packed) or few_queries(grid):
         found = rectangles(mask, grid)
         if found is not None:
-            return RectangleLayout(found, _block_q(group, True), device)
+            return RectangleLayout(found, coarse, device)
     mask = All() if mask is None else mask
-    coarse = _block_q(group, True)
-    layout = MapLayout(mask.block_map(grid, block_q=coarse, block_k=128, device="cpu"), device)
-    fine = _block_q(group, False)
+    layout = MapLayout(mask.block_map(grid, block_q=coarse, block_k=BLOCK_KEYS[1], device="cpu"), device)
     if layout.mean_keys < LONG_ROW and fine < coarse and len(grid.q) > fine:
-        layout = MapLayout(mask.block_map(grid, block_q=fine, block_k=64, device="cpu"), device)
+        layout = MapLayout(mask.block_map(grid, block_q=fine, block_k=BLOCK_KEYS[0], device="cpu"), device)
     return layout
 
 
-def _block_q(group: int, long: bool) -> int:
-    """Queries of a block: with the heads of a group stacked under each other, a product has group * block_q rows."""
-    return max(16, (128 if long else 64) // (1 << (min(group, 8).bit_length() - 1)))
+def few_queries(grid: Grid) -> bool:
+    """Whether every sequence has so few queries that its mask is better evaluated than compiled."""
+    return max((s.length for s in grid.q.segments), default=0) <= FEW_QUERIES

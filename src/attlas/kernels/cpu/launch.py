@@ -35,7 +35,7 @@ class Mods:
 
 @dataclass(frozen=True)
 class MapTensors:
-    """A BlockMap as the core reads it: (row_ptr, cols, tile_ids, tiles); for backward also (col_ptr, rows, tile_ids) by key block."""
+    """A BlockMap as the core reads it: (row_ptr, cols, tile_ids, tiles); for backward (col_ptr, rows, tile_ids) by key block."""
 
     shape: tuple[int, int, int, int]  # batch, heads, block_q, block_k
     forward: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -159,7 +159,7 @@ def backward(
 
 @dataclass(frozen=True)
 class Visible:
-    """Which keys of its cache a new token at position p sees: [p - left, p] (causal) or [p - left, length), the first `sinks` too.
+    """Which keys of its cache a token at position p sees: [p - left, p] (causal) or [p - left, length), and the first `sinks`.
 
     left counts other keys, None = all of them.
     """

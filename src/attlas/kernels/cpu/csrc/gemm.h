@@ -9,11 +9,13 @@ namespace {
 struct Fp32 {
   static constexpr int PER = 1;  // elements per word along the summed dimension
   INL static V mac(V acc, V a, V b) { return fma(a, b, acc); }
+  INL static V exp2(V x) { return exp2v(x); }
 };
 #ifdef __AVX512BF16__
 struct Bf16 {
   static constexpr int PER = 2;
   INL static V mac(V acc, V a, V b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+  INL static V exp2(V x) { return exp2_bf16(x); }
 };
 #endif
 

@@ -68,13 +68,15 @@ class Pool {
       }
       job_ = job;
       wanted_ = helpers < workers_ ? helpers : workers_;
-      running_.store(wanted_, std::memory_order_relaxed);
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     job->work();
-    // A helper that never woke up before the tasks ran out has nothing to do any more; those inside a task are waited for.
-    for (int spins = 0; running_.load(std::memory_order_acquire) != 0; spins++)
+    {  // A helper that has not woken up by now has nothing left to do and is not waited for: on a busy machine that can take long.
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;
+    }
+    for (int spins = 0; active_.load(std::memory_order_acquire) != 0; spins++)
       if (spins > 2000) std::this_thread::yield();
   }
 
@@ -92,22 +94,22 @@ class Pool {
         }
       }
       Job* job;
-      bool mine;
       {
         std::lock_guard<std::mutex> lock(mutex_);
         seen = generation_.load(std::memory_order_relaxed);
-        job = job_, mine = index < wanted_;
+        job = index < wanted_ ? job_ : nullptr;
+        if (job) active_.fetch_add(1, std::memory_order_relaxed);
       }
-      if (!mine) continue;
+      if (!job) continue;
       job->work();
-      running_.fetch_sub(1, std::memory_order_acq_rel);
+      active_.fetch_sub(1, std::memory_order_release);
     }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int64_t> running_{0};
+  std::atomic<int64_t> active_{0};  // helpers inside the current job
   Job* job_ = nullptr;
   int64_t workers_ = 0, wanted_ = 0;
 };

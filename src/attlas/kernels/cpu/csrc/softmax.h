@@ -109,7 +109,7 @@ INL void softmax_rows(float* S, int64_t lds, int rows, int v0, int v1, const All
     for (int v = v0; v < v1; v++) {
       V x = load(s + v * VL);
       if (MASKED) x = keep(mask_of_bits(ok.vec(r, v)), x, lowest);
-      x = exp2v(fma(x, cc, neg));
+      x = M::exp2(fma(x, cc, neg));
       sum = add(sum, x);
       store_words<M>(s, v, x);
     }

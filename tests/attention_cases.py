@@ -176,7 +176,9 @@ def _cases() -> dict[str, Case]:
         "dense bias, mask by head": replace(
             base, mask=PerHead((Causal(),) * 3 + (All(),) * 3), score_mod=RelativeBias.dense(rand(2, 6, 67, 67))
         ),
-        "chain": replace(base, mask=Causal(), score_mod=Softcap(2.0) >> Alibi(rand(6).abs()) >> RelativeBias(rand(8, 6)), sink=True),
+        "chain": replace(
+            base, mask=Causal(), score_mod=Softcap(2.0) >> Alibi(rand(6).abs()) >> RelativeBias(rand(8, 6)), sink=True
+        ),
         "random with bias": replace(long, mask=Random(2, 16, seed=3) | Local(16), score_mod=RelativeBias(rand(16, 6))),
         "packed": Case(seq=ragged),
         "packed causal": Case(seq=ragged, mask=Causal(), score_mod=Alibi(rand(6).abs()), sink=True),

@@ -96,7 +96,7 @@ def results(folder: Path, names: tuple[str, ...] = (), *, red: str | None = None
     ]
     records["cache"] = [record("cache", label, cache_result(label)) for label in able]
     described = {
-        m.label: {**m.settings, "card": dict(m.card), "call": m.call(256, 4), "parameters": 115136,
+        m.label: {**m.settings_at(256, 4), "card": dict(m.told), "call": m.call(256, 4), "parameters": 115136,
                   "hidden": {"text": 171, "recall": 32}, "recall_parameters": 62144}
         for m in chosen
     }  # fmt: skip

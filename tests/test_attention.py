@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import CASES, Case, evaluate, run
 from torch import Tensor
 
+from attention_cases import CASES, Case, evaluate, run
 from attlas.masks import All, Causal, Window
 from attlas.ops import attention
 from attlas.ops.select import IMPLS
@@ -38,7 +38,9 @@ def test_reference_is_the_literal_sum():
                 bias = [d - float(slopes[h]) * abs(i + 2 - j) for d, j in zip(dot, keys, strict=True)]
                 for scores, extra, o, l in ((bias, [float(sink[h])], out, lse), (dot, [], bare, bare_lse)):
                     total = sum(math.exp(s) for s in scores + extra)
-                    want = sum((math.exp(s) / total * t["v"][b, j, h // 2] for s, j in zip(scores, keys, strict=True)), torch.zeros(2))
+                    want = sum(
+                        (math.exp(s) / total * t["v"][b, j, h // 2] for s, j in zip(scores, keys, strict=True)), torch.zeros(2)
+                    )
                     assert torch.allclose(o[b, i, h], want.to(F64), rtol=1e-12, atol=1e-12)
                     assert l[b, i, h] == -math.inf if total == 0 else math.isclose(l[b, i, h], math.log(total), rel_tol=1e-12)
 
@@ -91,7 +93,18 @@ def test_blocked_is_the_reference_in_fp64(name):
         assert_same(run(case, tensors, "blocked", lse=False)[0], want.out, "out alone")
 
 
-SDPA_CASES = ("all", "more keys", "no keys", "no queries", "empty batch", "one head", "one key head", "causal", "causal start", "scale")
+SDPA_CASES = (
+    "all",
+    "more keys",
+    "no keys",
+    "no queries",
+    "empty batch",
+    "one head",
+    "one key head",
+    "causal",
+    "causal start",
+    "scale",
+)
 
 
 @pytest.mark.parametrize("name", [*SDPA_CASES, "causal start fewer keys", "negative scale", "packed alike, plain", "one query"])

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import CASES, Case, evaluate, run
 
+from attention_cases import CASES, Case, evaluate, run
 from attlas.errors import AttlasError, OptionError, ShapeError, UnknownNameError, UnsupportedError
 from attlas.masks import Axis, Causal, Grid, Padding, PerHead, Segment, Window
 from attlas.ops import attention
@@ -98,7 +98,9 @@ def test_packed_is_one_by_one(name, impl):
     t = {n: x.detach() for n, x in case.tensors(F64).items()}
     out, lse = run(case, t, impl)
     seq = case.seq
-    rows = zip(t["q"].split(seq.lengths), t["k"].split(seq.keys), t["v"].split(seq.keys), seq.first, out.split(seq.lengths), strict=True)
+    rows = zip(
+        t["q"].split(seq.lengths), t["k"].split(seq.keys), t["v"].split(seq.keys), seq.first, out.split(seq.lengths), strict=True
+    )
     for q, k, v, first, got in rows:
         grid = Grid.at(range(first, first + len(q)), range(len(k)))
         sink = t.get("sink")
@@ -114,7 +116,9 @@ def test_explicit_grid_of_a_rolling_cache(impl, tq):
     q, k, v = qkv(tq=tq, dtype=F64)
     mask, mod = Causal() & Window.last(50), Alibi(torch.rand(6, dtype=F64))
     first = 70_000 - tq
-    ordered = make_call(q, k, v, mask=mask, score_mod=mod, grid=Grid.at(range(first, 70_000), range(70_000 - 67, 70_000)), need_lse=True)
+    ordered = make_call(
+        q, k, v, mask=mask, score_mod=mod, grid=Grid.at(range(first, 70_000), range(70_000 - 67, 70_000)), need_lse=True
+    )
     turn = 23
     slots = Grid(ordered.grid.q, Axis((Segment(67 - turn, 70_000 - 67 + turn), Segment(turn, 70_000 - 67))))
     k2, v2 = (torch.cat([x[:, turn:], x[:, :turn]], 1) for x in (k, v))
@@ -237,7 +241,11 @@ BAD_CALLS = {
     "mod heads": (ShapeError, "heads 5", lambda: attention(Q, K, V, score_mod=Alibi.for_heads(5))),
     "mod batch": (ShapeError, "batch 3", lambda: attention(Q, K, V, score_mod=RelativeBias.dense(torch.zeros(3, 1, 67, 67)))),
     "mod device": (ShapeError, "device", lambda: attention(Q, K, V, score_mod=Alibi(torch.zeros(6, device="meta")))),
-    "mod size": (ShapeError, "RelativeBias.dense", lambda: attention(Q, K, V, score_mod=RelativeBias.dense(torch.zeros(1, 67, 61)))),
+    "mod size": (
+        ShapeError,
+        "RelativeBias.dense",
+        lambda: attention(Q, K, V, score_mod=RelativeBias.dense(torch.zeros(1, 67, 61))),
+    ),
     "scale": (OptionError, "finite number", lambda: attention(Q, K, V, scale=math.nan)),
     "scale tensor": (OptionError, "finite number", lambda: attention(Q, K, V, scale=torch.tensor(1.0))),
     "sink shape": (ShapeError, r"sink must be a float tensor \[H\] = \[6\]", lambda: attention(Q, K, V, sink=torch.zeros(3))),

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from attention_cases import CASES, Case, run
 from torch import Tensor
 
+from attention_cases import CASES, Case, run
 from attlas.errors import UnsupportedError
 from attlas.masks import All, Causal, Grid
 from attlas.ops import attention, explain

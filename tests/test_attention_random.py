@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from attention_cases import Case, evaluate, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from attention_cases import Case, evaluate, run
 from attlas.kernels.blocked import chunks, layout
 from attlas.masks import Causal, Dense, Documents, Global, Mask, Prefix, Sinks, Strided, Window
 from attlas.scores import Alibi, RelativeBias, ScoreMod, Softcap

@@ -25,6 +25,8 @@ CHUNKS = {
 MASKS = {
     "causal": (Causal(), None, 0),
     "window": (Causal() & Window.last(WINDOW), WINDOW, 0),
+    "window alone": (Window.last(WINDOW), WINDOW, 0),
+    "sinks alone": (Sinks(SINKS), 1, SINKS),
     "window of one": (Causal() & Window.last(1), 1, 0),
     "sinks": (Causal() & (Window.last(WINDOW) | Sinks(SINKS)), WINDOW, SINKS),
     "dilated": (Dilated(5, 0, 2), WINDOW, 0),
@@ -155,17 +157,18 @@ def test_batch_masks_on_rows_that_stand_alike():
         assert (got - truth(*data[i], Causal() & Prefix(keys))[0]).abs().max() < 1e-12
 
 
-def test_gradients_reach_q_sink_and_bias_but_not_the_cache():
-    q, k, v = (t.requires_grad_() for t in inputs(13))
-    sink = torch.zeros(H, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gradients_reach_q_and_sink_but_not_the_cache(dtype, bound):
+    q, k, v = (t.to(dtype).requires_grad_() for t in inputs(13))
+    sink = torch.zeros(H, dtype=dtype, requires_grad=True)
     for window in (None, 7):
-        part = make_cache([spec(window)], 1, None, dtype=torch.float64).parts[0]
+        part = make_cache([spec(window)], 1, None, dtype=dtype).parts[0]
         part.write((k, v), SeqInfo((13,)))
         mask = Causal() if window is None else Causal() & Window.last(window)
         out = attention_cached(q, part, seq=SeqInfo((13,)), mask=mask, sink=sink)
         got = torch.autograd.grad(out.square().sum(), (q, sink))
         want = torch.autograd.grad(truth(q, k.detach(), v.detach(), mask, sink=sink)[0].square().sum(), (q, sink))
-        assert all((a - b).abs().max() < 1e-12 and b.abs().max() > 0 for a, b in zip(got, want, strict=True))
+        assert all((a - b).abs().max() < bound and b.abs().max() > 0 for a, b in zip(got, want, strict=True))
         part.end_step()
         part.write((k[:1], v[:1]), SeqInfo((1,)))
         assert not any(t.requires_grad for t in part.read(0).tensors)
@@ -180,6 +183,8 @@ def test_a_cache_in_another_dtype():
     assert out.dtype == torch.float32
     want, _ = truth(q.double(), k.bfloat16().double(), v.bfloat16().double(), Causal())
     assert (out - want).abs().max() < 1e-5
+    last = attention_cached(q[-1:], part, seq=SeqInfo((1,)), mask=Causal())
+    assert last.dtype == torch.float32 and (last - want[-1:]).abs().max() < 1e-5
 
 
 def test_cross_attention_reads_a_memory_of_another_length():
@@ -213,6 +218,18 @@ def test_positions_beyond_seventy_thousand():
         part.end_step()
     assert (torch.cat(out)[window - 1 :] - truth(q, k, v, mask)[0][window - 1 :]).abs().max() < 1e-12
     assert part.read(0).axis.span == (0, 70_040) and len(part.read(0).axis) == window + 2
+
+
+@pytest.mark.parametrize("score_mod", [None, Alibi.for_heads(H)], ids=["plain", "alibi"])
+@pytest.mark.parametrize("rollback", [0, 1, 2])
+@pytest.mark.parametrize("mask", [Window.last(WINDOW), Window.last(WINDOW) | Sinks(SINKS) & Causal()], ids=["window", "sinks"])
+def test_a_wrapped_ring_is_read_by_position(mask, rollback, score_mod):
+    """Slots kept for a rollback are no keys, and a bias sees the distance, not the slot."""
+    q, k, v = inputs(T)
+    part = RingPart(spec(WINDOW, SINKS), 1, rollback=rollback, dtype=torch.float64)
+    out, _ = stream(part, q, k, v, [T - 5, 1, 1, 2, 1], mask=mask, score_mod=score_mod)
+    want, _ = truth(q, k, v, Causal() & mask, score_mod=score_mod)
+    assert (out - want).abs().max() < 1e-12
 
 
 def test_a_mask_that_asks_for_dropped_tokens_is_refused():
@@ -262,9 +279,10 @@ def test_dilated_masks_are_checked_key_by_key():
         attention_cached(q[-1:], part, seq=seq, mask=Dilated(1, 0, 18))  # keys 19 and 1
 
 
-def test_errors_restate_the_call():
-    q, k, v = inputs(7)
-    part = make_cache([spec()], 2, 16, dtype=torch.float64).parts[0]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_errors_restate_the_call(dtype):
+    q, k, v = (t.to(dtype) for t in inputs(7))
+    part = make_cache([spec()], 2, 16, dtype=dtype).parts[0]
     part.write((k, v), SeqInfo((7,)))
     bad = [
         (ShapeError, "packed", {"q": q[:3], "seq": SeqInfo((7,))}),
@@ -279,12 +297,16 @@ def test_errors_restate_the_call():
         (UnsupportedError, "state", {"seq": SeqInfo((7,)), "return_aux": AuxRequest(state=True)}),
         (ValueError, "impl", {"seq": SeqInfo((7,)), "impl": "fastest"}),
         (ShapeError, "head", {"q": q[:, :5], "seq": SeqInfo((7,))}),
+        (ShapeError, "head_dim", {"q": q[..., :3], "seq": SeqInfo((7,))}),
+        (ShapeError, "sink", {"seq": SeqInfo((7,)), "sink": torch.zeros(HKV, dtype=dtype)}),
+        (OptionError, "finite", {"seq": SeqInfo((7,)), "scale": float("nan")}),
+        (ShapeError, "heads", {"seq": SeqInfo((7,)), "score_mod": Alibi.for_heads(H + 1)}),
     ]
     for kind, words, options in bad:
         with pytest.raises(kind, match=words):
             attention_cached(options.pop("q", q), part, **options)
-    three = make_cache([PartSpec("kv", (("k", (HKV, D)), ("v", (HKV, D)), ("w", (1,))))], 1, 8, dtype=torch.float64).parts[0]
-    three.write((k, k, torch.zeros(7, 1, dtype=torch.float64)), SeqInfo((7,)))
+    three = make_cache([PartSpec("kv", (("k", (HKV, D)), ("v", (HKV, D)), ("w", (1,))))], 1, 8, dtype=dtype).parts[0]
+    three.write((k, k, torch.zeros(7, 1, dtype=dtype)), SeqInfo((7,)))
     with pytest.raises(ShapeError, match="3 tensors"):
         attention_cached(q, three, seq=SeqInfo((7,)))
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import CASES
 
+from attention_cases import CASES
 from attlas.errors import ShapeError, UnknownNameError, UnsupportedError
 from attlas.masks import Causal, Grid, Padding, PerHead, Window
 from attlas.ops import attention, explain, select

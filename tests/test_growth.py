@@ -19,6 +19,8 @@ LARGE: dict[str, dict[str, Any]] = {
     "dilated-window": {"window": 64, "dilation": 4},
     "global": {"window": 256, "tokens": (0, 1)},
     "streaming": {"window": 252},
+    "longformer": {"window": 256, "tokens": (0, 1)},
+    "bigbird": {"block": 64},
     "learned-sink": {"window": 256},
     "strided": {"stride": 256},
     "fixed": {"block": 256},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from attlas.errors import OptionError, ShapeError
+from attlas.errors import AttlasError, OptionError, ShapeError
 from attlas.masks import (
     All,
     Axis,
@@ -270,6 +270,45 @@ def test_compiled_maps_are_kept() -> None:
     assert mask.block_map((1009, 1013), device="cpu") is not None
     compile.CACHE.clear()
     assert mask.block_map((1009, 1013)) is not first
+
+
+def test_maps_compiled_without_autograd_serve_training() -> None:
+    """A map made first under inference_mode is kept, and a training step that saves it for backward comes later."""
+    mask = Causal() & Documents([100, 31]) | Global([7, 50])
+    with torch.inference_mode():
+        found = mask.block_map((131, 131), block_q=16, block_k=16)
+        turned = found.transpose()
+    tensors = (found.row_ptr, found.cols, found.tile_ids, found.tiles, turned.row_ptr, turned.cols, turned.tile_ids, found.rows)
+    assert not any(t.is_inference() for t in tensors[:-1])
+    assert torch.equal(mask.block_map((131, 131), block_q=16, block_k=16).to_dense()[0, 0], mask.to_bool(131, 131))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    masks = [Causal() & Documents([100, 31]), Global([7, 50]) | Random(2, 8, 3), Blocks(["01", "10"], 70), Padding([3, 131])]
+    with torch.device("meta"):
+        maps = [mask.block_map(Grid.dense(131, 139)) for mask in masks]
+        ring = Causal().block_map(Grid.at([9], [8, 9, 5, 6, 7]), block_k=8)
+        spans = [mask.key_span(10, 12) for mask in masks]
+    for mask, found, span in zip(masks, maps, spans, strict=True):
+        assert torch.equal(found.to_dense().squeeze(), mask.to_bool(131, 139).squeeze()) and span == mask.key_span(10, 12)
+    assert ring.count() == 5
+
+
+def test_masks_of_a_call_are_forgotten_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of given tensors keep them alive, so they have a smaller cache of their own."""
+    held = BoundedCache(max_items=100, max_bytes=30_000)
+    monkeypatch.setattr(compile, "HELD", held)
+    before = len(compile.CACHE)
+    tensor = torch.ones(100, 100, dtype=torch.bool)
+    mask = Causal() & Dense(tensor)
+    first = mask.block_map((100, 100))
+    assert (Causal() & Dense(tensor)).block_map((100, 100)) is first
+    for _ in range(5):
+        Dense(tensor.clone()).block_map((100, 100))
+    assert len(held) <= 3 and held.nbytes <= 30_000 and len(compile.CACHE) == before
+    tensor[0, 0] = False
+    with pytest.raises(AttlasError, match="changed in place"):
+        mask.block_map((100, 100))
 
 
 class Thing:

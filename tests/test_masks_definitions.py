@@ -205,6 +205,16 @@ def test_packed_sequences_see_themselves_alone(name: str) -> None:
     assert not bool((packed & ~inside).any())
 
 
+def test_every_leaf_runs_on_the_device_asked_for() -> None:
+    grids = (Grid.dense(3, 7), Grid.at([6], [5, 6, 3, 4]), Grid.packed(SeqInfo((2, 3))))
+    for mask, _ in DEFINITIONS.values():
+        for grid in grids:
+            found = (mask & Causal("start")).dense(grid, device="meta")
+            assert found.device.type == "meta" and found.shape == grid.shape
+    for mask in (Padding([3, 4]), PerHead((Causal(), Global([1]))), Dense(torch.ones(5, 7, dtype=torch.bool))):
+        assert mask.dense(Grid.dense(3, 7), device="meta").device.type == "meta"
+
+
 def test_random_is_uniform_and_depends_on_the_seed() -> None:
     mask = Random(3, 1, seed=5, span=11)
     times = mask.to_bool(11000, 11000)[:, :11].sum(0)

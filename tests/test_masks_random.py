@@ -34,6 +34,7 @@ from attlas.masks import (
     Strided,
     Window,
     descent,
+    tiles,
 )
 from attlas.masks.compile import compile_mask
 from attlas.shapes import SeqInfo
@@ -201,11 +202,12 @@ def check_span(mask: Mask, grid: Grid, truth: torch.Tensor, where: str) -> None:
         assert not bool((seen & ~inside).any()), f"{where}: {span} for queries {lo} ... {hi}"
 
 
-@pytest.fixture(params=[(1024, 2**18), (1, 2**18), (4, 48)], ids=["flat", "deep", "bands"])
+@pytest.fixture(params=[(1024, 2**18, 64), (1, 2**18, 0), (4, 48, 0)], ids=["flat", "deep", "bands"])
 def levels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small grids are classified block by block; smaller limits make them take every level and many bands."""
     monkeypatch.setattr(descent, "ROOT", request.param[0])
     monkeypatch.setattr(descent, "LIMIT", request.param[1])
+    monkeypatch.setattr(tiles, "FEW", request.param[2])
 
 
 relaxed = settings(

@@ -1,5 +1,6 @@
 """Partial results joined by their log-sum-exp are the result over all keys, forwards and backwards."""
 
+import itertools
 import math
 
 import pytest
@@ -44,13 +45,15 @@ def test_split_and_merge_is_the_whole(cuts, mask, impl):
     q, k, v = tensors()
     options = {"mask": mask, "score_mod": Alibi(torch.rand(6, dtype=F64)), "impl": impl}
     whole = over(q, k, v, 0, 43, **options)
-    parts = [over(q, k, v, a, b, **options) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [over(q, k, v, a, b, **options) for a, b in itertools.pairwise(cuts)]
     joined = merge(parts)
     empty = whole[1] == -math.inf
     assert torch.equal(joined[1] == -math.inf, empty)
     assert_same(joined[0], whole[0], "out")
     assert_same(joined[1].masked_fill(empty, 0.0), whole[1].masked_fill(empty, 0.0), "lse")
-    for got, want in zip(torch.autograd.grad(loss(*joined), (q, k, v)), torch.autograd.grad(loss(*whole), (q, k, v)), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(loss(*joined), (q, k, v)), torch.autograd.grad(loss(*whole), (q, k, v)), strict=True
+    ):
         assert_same(got, want, "gradient")
 
 
@@ -109,7 +112,9 @@ def test_empty_parts_are_not_read_and_get_no_gradient():
 
 
 def test_gradients_numerically():
-    parts = [(torch.randn(3, 2, 2, dtype=F64, requires_grad=True), torch.randn(3, 2, dtype=F64, requires_grad=True)) for _ in range(3)]
+    parts = [
+        (torch.randn(3, 2, 2, dtype=F64, requires_grad=True), torch.randn(3, 2, dtype=F64, requires_grad=True)) for _ in range(3)
+    ]
     flat = [x for part in parts for x in part]
 
     def joined(*xs: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ def test_dense_bias_row_stands_for_the_position_that_ends_with_the_keys():
 @pytest.mark.parametrize(("q", "k"), [([5], [0]), ([11], [0]), ([6], [11]), ([6], [-1])])
 def test_dense_bias_refuses_positions_outside(q, k):
     mod = RelativeBias.dense(torch.randn(3, 5, 11))
-    with pytest.raises(ShapeError, match="RelativeBias.dense"):
+    with pytest.raises(ShapeError, match=r"RelativeBias\.dense"):
         mod(torch.zeros(3, 1, 1), torch.tensor(q), torch.tensor(k))
 
 

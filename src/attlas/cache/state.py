@@ -1,4 +1,4 @@
-"""A recurrent state: per row a bundle of tensors of fixed size (matrix states, convolution tails, normalisers), whatever the length."""
+"""A recurrent state: per row a bundle of tensors of fixed size (matrices, convolution tails, sums), whatever the length."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from attlas.shapes import SeqInfo, describe
 
 
 class StatePart(Part):
-    """The state after all tokens that a row has seen. `states` reads it, `put` replaces it and counts the tokens that made the new one.
+    """The state after all tokens that a row has seen. `states` reads it, `put` replaces it and counts the tokens that made the
+    new one.
 
-    A state cannot be taken apart: `truncate` works only to the present length or to 0. For speculation, `fork` before and go on from
-    the copy. An empty row is all zeros.
+    A state cannot be taken apart: `truncate` works only to the present length or to 0. For speculation, `fork` before and go on
+    from the copy. An empty row is all zeros.
     """
 
     def __init__(self, spec: PartSpec, rows: int, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
@@ -44,16 +45,15 @@ class StatePart(Part):
         return tuple(t[index] for t in self._tensors)
 
     def put(self, states: tuple[Tensor, ...], seq: SeqInfo) -> None:
-        """Row seq.rows[i] becomes states[...][i], which is `seq.lengths[i]` tokens further. seq.first must equal the rows' lengths."""
+        """Row seq.rows[i] becomes states[...][i], which is `seq.lengths[i]` tokens further. seq.first must equal the rows'
+        lengths."""
         index = self._index(seq.rows)
         held = tuple(self._lengths[r] for r in seq.rows)
         if seq.first != held and (seq.starts is not None or seq.lengths_k is not None):
             raise CacheError(f"{self!r}.put: rows {seq.rows} stand at {held}, the new tokens start at {seq.first}")
         for t, new in zip(self._tensors, states, strict=True):
             if new.shape != (len(seq.rows), *t.shape[1:]):
-                raise ShapeError(
-                    f"{self!r}.put: a state [{len(seq.rows)}, {', '.join(map(str, t.shape[1:]))}] expected; got {describe(new=new)}"
-                )
+                raise ShapeError(f"{self!r}.put: wanted a state {[len(seq.rows), *t.shape[1:]]}; got {describe(new=new)}")
         for t, new in zip(self._tensors, states, strict=True):
             t[index] = new.detach().to(t.dtype)
         for r, n in zip(seq.rows, seq.lengths, strict=True):
@@ -78,8 +78,8 @@ class StatePart(Part):
         for row, length in self._wanted(lengths).items():
             if length not in (0, self._lengths[row]):
                 raise UnsupportedError(
-                    f"{self!r}.truncate(row {row} to {length}): a recurrent state of {self._lengths[row]} tokens cannot be taken back; "
-                    "fork the row before the tokens that may be dropped"
+                    f"{self!r}.truncate(row {row} to {length}): a recurrent state of {self._lengths[row]} tokens cannot be taken "
+                    "back; fork the row before the tokens that may be dropped"
                 )
 
     def truncate(self, lengths: Mapping[int, int] | Sequence[int]) -> None:

@@ -19,6 +19,7 @@ MODULES = (
     "attlas.catalogue.cards.linear:CARDS",
     "attlas.catalogue.cards.latent:CARDS",
     "attlas.catalogue.cards.sparse:CARDS",
+    "attlas.catalogue.cards.lowrank:CARDS",
 )
 
 

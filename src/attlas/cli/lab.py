@@ -101,6 +101,18 @@ def bench_attention() -> Callable[..., None]:
     return bench("attlas.lab.bench_cpu")
 
 
+def bench_scan() -> Callable[..., None]:
+    """The linear recurrence and the long convolution: share of the matrix product's rate, growth with length, cost of a decode step.
+
+    Examples:
+
+        attlas bench scan
+
+        attlas bench scan --tokens 4096 --repeats 3 --json
+    """
+    return bench("attlas.lab.bench_scan")
+
+
 def bench(module: str) -> Callable[..., None]:
     """A command with the keyword parameters of the module's `run` as options, that shows what its `table` makes of the result."""
     from attlas.cli.options import from_dataclass, options_of

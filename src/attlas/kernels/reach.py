@@ -1,4 +1,4 @@
-"""Which keys a range of queries can reach at all: scalar arithmetic on a mask and a grid, for calls too small to compile a mask."""
+"""Which keys a range of queries can reach: scalar arithmetic on a mask and a grid, for calls too small to compile a mask."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from attlas.masks.expr import And, Mask, Or
 from attlas.masks.geometry import Axis, Grid, Segment
-from attlas.masks.leaves import Window
+from attlas.masks.leaves import Sinks, Window
 
 
 class Rectangle(NamedTuple):
@@ -21,7 +21,7 @@ class Rectangle(NamedTuple):
 
 
 def rectangles(mask: Mask | None, grid: Grid) -> list[Rectangle] | None:
-    """One rectangle per sequence, keys cut to those that its queries can reach; None where a sequence is not one run of the array."""
+    """One rectangle per sequence, its keys cut to those within reach; None where a sequence is not one run of the array."""
     q_runs, k_runs = _sequence_runs(grid.q), _sequence_runs(grid.k)
     if q_runs is None or k_runs is None:
         return None
@@ -76,6 +76,8 @@ def allows_all(mask: Mask, q_span: tuple[int, int], k_span: tuple[int, int]) -> 
         return any(allows_all(m, q_span, k_span) for m in mask.operands)
     if isinstance(mask, Window) and mask.left is not None and mask.right is not None:  # what it forbids lies on both sides
         return q_span[1] - k_span[0] <= mask.left and k_span[1] - q_span[0] <= mask.right
+    if isinstance(mask, Sinks):
+        return k_span[1] < min(mask.n, q_span[0] + 1)
     forbidden = (~mask).key_span(*q_span)
     if forbidden is None:
         return True

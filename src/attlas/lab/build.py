@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ from attlas.models.transformer import Transformer
 TOLERANCE = 0.02
 RECALL_HEAD_DIM, RECALL_LAYERS = 16, 2
 RECALL_HIDDEN = 32
+GROWTH = 2.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Sized:
 
 def text_model(mechanism: Mechanism, options: CompareOptions, hidden: int, seed: int = 0) -> Transformer:
     """Decoder over bytes: pre-norm, RMSNorm, SwiGLU of width `hidden`, tied embedding, `mechanism` in every layer."""
-    pair = (mechanism.name, mechanism.options)
+    pair = (mechanism.name, mechanism.options_at(options.dim, options.heads))
     config = language_model(VOCAB, options.dim, options.layers, options.heads, mixers=(pair,), hidden=hidden)
     return Transformer(config, seed=seed, device=options.device)
 
@@ -93,35 +94,53 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def match(label: str, parameters: Callable[[int], int], target: int, stage: str) -> Sized:
-    """The feed-forward width whose model comes nearest to `target` weights. `parameters(hidden)` is affine in the width.
+def equal_sizes(parameters: Mapping[str, Callable[[int], int]], base: int, least: int, stage: str) -> dict[str, Sized]:
+    """Feed-forward widths that bring all models to one number of weights.
 
-    Raises UnsupportedError when no width >= 1 comes within 2 %.
+    parameters  label -> number of weights as a function of the width (affine)
+    base        the number wanted; where a mechanism alone is larger than that, everybody grows with it, up to GROWTH times
+    least       the smallest feed-forward width that a model may be left with
+    Raises UnsupportedError for a mechanism that is too large, or that no width brings within 2 %.
     """
+    floors = {label: of(least) for label, of in parameters.items()}
+    for label, floor in floors.items():
+        if floor > GROWTH * base:
+            raise UnsupportedError(
+                f"{label}: its {stage} model has {floor:,} weights even with a feed-forward width of {least}; the others have "
+                f"about {base:,}. Use a larger --dim, or options that make the mechanism smaller"
+            )
+    target = max(base, *floors.values())
+    return {label: match(label, of, target, stage) for label, of in parameters.items()}
+
+
+def match(label: str, parameters: Callable[[int], int], target: int, stage: str) -> Sized:
+    """The feed-forward width whose model comes nearest to `target` weights; UnsupportedError when none comes within 2 %."""
     at_one, at_two = parameters(1), parameters(2)
     hidden = max(1, round(1 + (target - at_one) / (at_two - at_one)))
     reached = parameters(hidden)
     if abs(reached - target) > TOLERANCE * target:
         raise UnsupportedError(
             f"{label}: its {stage} model has {reached:,} weights with a feed-forward width of {hidden}, the others {target:,}; "
-            f"a fair comparison needs them within {TOLERANCE:.0%}. Use a larger --dim, or options that make the mechanism smaller"
+            f"a fair comparison needs them within {TOLERANCE:.0%}. Use a larger --dim"
         )
     return Sized(hidden, reached)
 
 
 def text_sizes(mechanisms: Sequence[Mechanism], reference: Mechanism, options: CompareOptions) -> dict[str, Sized]:
-    """Width per mechanism; the target is the reference with the usual width 8/3 dim."""
+    """Width per mechanism; the reference has the usual width 8/3 dim."""
 
     def parameters(m: Mechanism, hidden: int) -> int:
         return count(text_model(m, options, hidden))
 
-    target = parameters(reference, round(8 * options.dim / 3))
-    return {m.label: match(m.label, partial(parameters, m), target, "language") for m in mechanisms}
+    base = parameters(reference, round(8 * options.dim / 3))
+    return equal_sizes({m.label: partial(parameters, m) for m in mechanisms}, base, max(1, options.dim // 4), "language")
 
 
 def recall_sizes(mechanisms: Sequence[Mechanism], reference: Mechanism, task: RecallTask, heads: int) -> dict[str, Sized]:
+    """Width per mechanism; the reference has RECALL_HIDDEN."""
+
     def parameters(m: Mechanism, hidden: int) -> int:
         return count(RecallModel(m, task, heads, hidden))
 
-    target = parameters(reference, RECALL_HIDDEN)
-    return {m.label: match(m.label, partial(parameters, m), target, "recall") for m in mechanisms}
+    base = parameters(reference, RECALL_HIDDEN)
+    return equal_sizes({m.label: partial(parameters, m) for m in mechanisms}, base, 4, "recall")

@@ -219,8 +219,8 @@ def _described(m: Mechanism, asked: Asked) -> dict[str, Any]:
     sizes = {stage: of[m.label] for stage, of in asked.sizes.items()}
     first = sizes.get("text") or sizes.get("recall")
     return {
-        **m.settings,
-        "card": dict(m.card),
+        **m.settings_at(options.layer_width, options.heads),
+        "card": dict(m.told),
         "call": m.call(options.layer_width, options.heads),
         "parameters": first.parameters if first else None,
         "hidden": {stage: s.hidden for stage, s in sizes.items()},

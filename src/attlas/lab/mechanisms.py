@@ -4,45 +4,68 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from attlas.catalogue.card import Card
+from attlas.catalogue.index import card, cards
 from attlas.errors import OptionError, UnsupportedError
 from attlas.lab.options import REFERENCE, CompareOptions
 from attlas.nn.mixer import Mixer
 
 # In this order, as far as the catalogue has them and they can be a causal language model.
 SELECTION = (
-    "causal", "multi-query", "grouped-query", "alibi", "sliding-window", "local", "global", "streaming", "dilated-window",
-    "learned-sink",
+    "causal", "multi-query", "grouped-query", "alibi", "sliding-window", "local", "global", "streaming", "linear-transformer",
+    "gla",
 )  # fmt: skip
 NEEDED = {"causal": "it sees later tokens", "decode": "it cannot decode token by token", "backward": "it has no gradients"}
+# Options whose defaults are made for models of thousands of channels -> what fits a model of width dim with that many heads.
+SIZED: dict[str, Callable[[int, int], int]] = {
+    "kv_lora_rank": lambda dim, heads: dim // 2,
+    "qk_nope_head_dim": lambda dim, heads: dim // heads,
+    "qk_rope_head_dim": lambda dim, heads: max(2, dim // heads // 4 * 2),
+    "v_head_dim": lambda dim, heads: dim // heads,
+    "mix_rank": lambda dim, heads: max(4, dim // 8),
+    "decay_rank": lambda dim, heads: max(4, dim // 8),
+    "rate_rank": lambda dim, heads: max(4, dim // 8),
+    "gate_rank": lambda dim, heads: max(4, dim // 8),
+    "state_dim": lambda dim, heads: dim // heads,
+    "filter_width": lambda dim, heads: dim,
+}
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """label: what it is called in this comparison; name, options: what `attlas.build` gets; card: the catalogue's words."""
+    """label: what it is called in this comparison; name, options: what `attlas.build` gets; told: the card as plain data."""
 
     label: str
     name: str
     options: tuple[tuple[str, Any], ...] = ()
-    card: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    told: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    def options_at(self, dim: int, num_heads: int) -> dict[str, Any]:
+        """All options for a layer of this width: those chosen, num_heads where it has heads, ranks and widths that fit."""
+        known = card(self.name).options
+        fitting = {k: size(dim, num_heads) for k, size in SIZED.items() if _is_int(known.get(k))}
+        heads = {"num_heads": num_heads} if "num_heads" in known else {}
+        return {**heads, **{k: min(v, known[k].default) for k, v in fitting.items()}, **dict(self.options)}
 
     def build(self, dim: int, num_heads: int) -> Mixer:
-        from attlas.catalogue.index import build
+        return card(self.name).build(dim, **self.options_at(dim, num_heads))
 
-        return build(self.name, dim, num_heads, **dict(self.options))
-
-    @property
-    def settings(self) -> dict[str, Any]:
+    def settings_at(self, dim: int, num_heads: int) -> dict[str, Any]:
         """Name and options as plain data: what decides about results."""
-        return {"name": self.name, "options": {k: _plain(v) for k, v in self.options}}
+        return {"name": self.name, "options": {k: _plain(v) for k, v in self.options_at(dim, num_heads).items()}}
 
     def call(self, dim: int, num_heads: int) -> str:
         """The line of Python that builds it."""
-        options = "".join(f", {k}={v!r}" for k, v in self.options)
-        return f'attlas.build("{self.name}", dim={dim}, num_heads={num_heads}{options})'
+        options = "".join(f", {k}={v!r}" for k, v in self.options_at(dim, num_heads).items())
+        return f'attlas.build("{self.name}", dim={dim}{options})'
+
+
+def _is_int(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and isinstance(parameter.default, int) and not isinstance(parameter.default, bool)
 
 
 def _plain(value: Any) -> Any:
@@ -69,8 +92,6 @@ def parse_name(text: str) -> tuple[str, dict[str, Any]]:
 
 def choose(options: CompareOptions) -> tuple[Mechanism, ...]:
     """The mechanisms of a comparison; none named = the selection. Raises UnknownNameError, OptionError or UnsupportedError."""
-    from attlas.catalogue.index import cards
-
     if not options.names:
         able = {c.name for c in cards(supports=NEEDED)}
         names: Sequence[str] = [n for n in SELECTION if n in able]
@@ -88,8 +109,6 @@ def choose(options: CompareOptions) -> tuple[Mechanism, ...]:
 
 def mechanism(text: str, options: CompareOptions) -> Mechanism:
     """One mechanism, with required options that the user left open filled in, and built once to see that it can be."""
-    from attlas.catalogue.index import card
-
     name, given = parse_name(text)
     entry = card(name)
     for claim, reason in NEEDED.items():
@@ -100,9 +119,7 @@ def mechanism(text: str, options: CompareOptions) -> Mechanism:
     made = Mechanism(label, entry.name, tuple(sorted(chosen.items())), entry.to_dict())
     for dim in {options.dim, options.layer_width}:
         if not made.build(dim, options.heads).causal:
-            raise UnsupportedError(
-                f"{text!r} cannot be compared as a causal language model: with these options it sees later tokens"
-            )
+            raise UnsupportedError(f"{text!r} cannot be a causal language model: with these options it sees later tokens")
     return made
 
 
@@ -110,21 +127,25 @@ def _spell(value: Any) -> str:
     return str(value).replace(" ", "")
 
 
-def _defaults(entry: Any, options: CompareOptions) -> dict[str, Any]:
-    """Values for options without a default, sized to the context of this comparison; else those of the card's example."""
+def _defaults(entry: Card, options: CompareOptions) -> dict[str, Any]:
+    """Options that make the mechanism causal, and values for those without a default: sized to the context of this comparison,
+    else those of the card's example."""
     span = options.span
     sized = {
         "window": max(2, span // 2) if "dilation" in entry.options else span,
         "block": span,
         "block_size": span,
         "chunk": span,
+        "stride": span,
         "dilation": 2,
         "num_kv_heads": max(1, options.heads // 2),
     }
-    out = {}
+    out: dict[str, Any] = {}
+    for claim in NEEDED:
+        out |= entry.options_for.get(claim, {})
     for name, parameter in entry.options.items():
         default = parameter.default
-        if name in ("dim", "num_heads"):
+        if name in ("dim", "num_heads") or name in out:
             continue
         if default is inspect.Parameter.empty:
             if name in sized or name in entry.example:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from attlas._version import __version__
+from attlas.errors import AttlasError
 from attlas.lab import build, speed
-from attlas.lab.measure import machine_stamp, time_interleaved
+from attlas.lab.measure import Thunk, machine_stamp, time_interleaved
 from attlas.lab.mechanisms import Mechanism
 from attlas.lab.options import CompareOptions, Stage
 from attlas.lab.store import key_of
@@ -28,7 +29,7 @@ FORMAT = 1
 SHARE: Mapping[Stage, float] = {"text": 0.44, "recall": 0.31, "speed": 0.22, "cache": 0.03}
 MARGIN = 0.9  # of the time is given away; the rest absorbs what a calibration of seconds cannot know
 WINDOWS = 128  # held-out windows
-RECALL_BATCH, RECALL_EXAMPLES, RECALL_CHECK = 64, 256, 25
+RECALL_BATCH, RECALL_EXAMPLES, RECALL_CHECK = 32, 256, 25
 CACHE_LENGTHS, LONGEST_CACHE = (256, 512, 1024, 2048), 8192
 TASK = RecallTask()
 FEWEST, MOST_TEXT, MOST_RECALL = 20, 3000, 1200
@@ -97,8 +98,8 @@ def basis_of(options: CompareOptions, corpus: Corpus | None, machine: Mapping[st
     return key_of({"options": asked, "corpus": fingerprint, "machine": dict(machine), "version": __version__, "format": FORMAT})
 
 
-def who_of(timed: Sequence[Mechanism]) -> str:
-    return key_of({"who": [[m.label, m.settings] for m in timed]})
+def who_of(timed: Sequence[Mechanism], options: CompareOptions) -> str:
+    return key_of({"who": [[m.label, m.settings_at(options.layer_width, options.heads)] for m in timed]})
 
 
 def sizes_of(options: CompareOptions, mechanisms: Sequence[Mechanism], reference: Mechanism) -> dict[str, dict[str, build.Sized]]:
@@ -125,7 +126,7 @@ class Planner:
         self.options, self.corpus, self.began = options, corpus, began
         self.mechanisms, self.timed = list(mechanisms), list(timed)
         self.machine = machine_stamp(options.device)
-        self.basis, self.who = basis_of(options, corpus, self.machine), who_of(self.timed)
+        self.basis, self.who = basis_of(options, corpus, self.machine), who_of(self.timed, options)
 
     def fits(self, old: Plan | None) -> bool:
         """Whether a stored plan is the plan of exactly this comparison."""
@@ -174,6 +175,7 @@ class Planner:
 
     def _step_seconds(self, plan: Plan, stage: str, batch: int) -> dict[str, float]:
         steppers = {m.label: stepper(m, self.options, self.corpus, plan, stage, batch) for m in self.mechanisms}
+        steppers = {label: step for label, step in steppers.items() if works(step)}
         timings = time_interleaved(steppers, 4, warmup=2, min_sample=0, max_seconds=6.0, device=self.options.device)
         return {label: t.median for label, t in timings.items()}
 
@@ -192,8 +194,8 @@ class Planner:
         batch, scale = 2, 1.0
         while True:
             # Evaluation is forward only: about a third of a step's time per window.
-            per_step = scale * sum(seconds.values()) * runs
-            steps = int(budget / per_step - WINDOWS / (3 * batch)) if per_step > 0 else MOST_TEXT
+            per_step = scale * max(1e-9, sum(seconds.values())) * runs
+            steps = int(budget / per_step - WINDOWS / (3 * batch))
             if steps <= MOST_TEXT or batch >= 32:
                 break
             batch, scale = 2 * batch, 2 * scale
@@ -204,7 +206,7 @@ class Planner:
         rates = self.options.learning_rates or (1e-2,)
         runs = self.options.seeds * len(rates)
         checks = 1 + RECALL_EXAMPLES / (3 * RECALL_BATCH) / RECALL_CHECK
-        steps = int(budget / (checks * sum(seconds.values()) * runs))
+        steps = int(budget / (checks * max(1e-9, sum(seconds.values())) * runs))
         steps = self.options.recall_steps or min(MOST_RECALL, max(FEWEST, steps))
         return Training(steps, RECALL_BATCH, rates, dict(seconds))
 
@@ -219,7 +221,16 @@ class Planner:
         return replace(plan, speed=lengths, speed_seconds=seconds)
 
 
-def stepper(m: Mechanism, options: CompareOptions, corpus: Corpus | None, plan: Plan, stage: str, batch: int) -> Any:
+def works(call: Callable[[], object]) -> bool:
+    """Whether a call goes through. One that does not is left out of the calibration; its trial will say why."""
+    try:
+        call()
+    except (AttlasError, RuntimeError):
+        return False
+    return True
+
+
+def stepper(m: Mechanism, options: CompareOptions, corpus: Corpus | None, plan: Plan, stage: str, batch: int) -> Thunk:
     """A function that does one training step of the mechanism's model."""
     hidden = plan.sizes[stage][m.label].hidden
     model: torch.nn.Module

@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from attlas._version import __version__
-from attlas.catalogue.index import build, card
+from attlas.catalogue.index import card
 from attlas.errors import AttlasError
 from attlas.lab import prose, report_tables, units
 from attlas.lab.figure_parts import Style
@@ -228,9 +228,9 @@ def _mechanism(results: Results, label: str, style: Style) -> str:
 def _picture(results: Results, label: str) -> str:
     """The mechanism's mask over the context of this comparison, as a small picture: queries down, keys across."""
     m, options = results.mechanisms[label], results.options
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in m["options"].items()}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in m["options"].items()}
     try:
-        mask = build(m["name"], options["layer_dim"], options["heads"], **given).describe_mask()
+        mask = card(m["name"]).build(options["layer_dim"], **given).describe_mask()
     except AttlasError:  # an option that is no plain value cannot be read back from stored results
         mask = card(m["name"]).pattern
     if mask is None:

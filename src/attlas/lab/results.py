@@ -44,10 +44,12 @@ class Results:
         return [r for r in good if label is None or r.get("label") == label]
 
     def failures(self) -> list[tuple[str, str, str]]:
-        """(stage, what, why) of every trial that failed, diverged or is red."""
-        return [
-            (stage, r["what"], r["error"]) for stage, records in self.records.items() for r in records if r["status"] != "ok"
-        ]  # fmt: skip
+        """(stage, what, why) of every trial that failed, diverged or is red, and of every length at which a mechanism could not
+        be timed."""
+        bad = [(s, r["what"], r["error"]) for s, records in self.records.items() for r in records if r["status"] != "ok"]
+        for r in self.outcomes("speed"):
+            bad += [("speed", label, v["problem"]) for label, v in r.get("layers", {}).items() if "problem" in v]
+        return bad
 
     def red(self) -> dict[str, str]:
         """Mechanisms whose gate is red -> why. They are neither trained nor timed."""

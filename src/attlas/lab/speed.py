@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attlas.errors import UnsupportedError
+from attlas.errors import AttlasError, UnsupportedError
 from attlas.lab.measure import Thunk, peak_allocated, time_interleaved
 from attlas.lab.mechanisms import Mechanism
 from attlas.nn.mixer import Mixer
@@ -90,19 +90,15 @@ def measure_length(
     out: dict[str, dict[str, object]] = {}
     functions: dict[tuple[str, str], Thunk] = {}
     for label, layer in built.items():
-        problem = None if bool(layer.prefill().isfinite().all()) else f"the output at length {length} is not finite"
+        found, problem = _operations(layer, length)
         if problem:
             out[label] = {"problem": problem}
             continue
-        functions |= {
-            (label, "prefill"): layer.prefill,
-            (label, "train"): layer.train,
-            (label, "decode"): layer.decoder(REPEATS + 2),
-        }
+        functions |= {(label, what): function for what, function in found.items()}
         out[label] = {"flops": layer.mixer.flops(length), "cache_bytes": layer.mixer.cache_bytes(length)}
     named = {f"{label}\0{what}": f for (label, what), f in functions.items()}
     # min_sample=0: one call per sample, so that the decoding functions are called as often as their caches have room for.
-    timings = time_interleaved(named, REPEATS, warmup=2, min_sample=0, max_seconds=max_seconds, device=place.device)
+    timings = time_interleaved(named, REPEATS, warmup=1, min_sample=0, max_seconds=max_seconds, device=place.device)
     for (label, what), function in functions.items():
         timing = timings[f"{label}\0{what}"]
         scale = BURST if what == "decode" else 1
@@ -110,6 +106,19 @@ def measure_length(
         if what != "decode":
             out[label][f"{what}_peak"] = peak_allocated(function, device=place.device)
     return out
+
+
+def _operations(layer: Layer, length: int) -> tuple[dict[str, Thunk], str | None]:
+    """What is timed, each done once; or why this mechanism has no times at this length."""
+    try:
+        if not bool(layer.prefill().isfinite().all()):
+            return {}, f"the output at length {length} is not finite"
+        found = {"prefill": layer.prefill, "train": layer.train, "decode": layer.decoder(REPEATS + 2)}
+        found["train"]()
+        found["decode"]()
+    except (AttlasError, RuntimeError, MemoryError) as error:
+        return {}, f"at length {length}: {type(error).__name__}: {error}"
+    return found, None
 
 
 # ---------------------------------------------------------------------------------------------------- which lengths fit
@@ -143,7 +152,7 @@ def estimate(mechanisms: Sequence[Mechanism], place: Place, *, probes: tuple[int
     seconds: dict[str, list[float]] = {m.label: [] for m in mechanisms}
     memory: dict[str, list[float]] = {m.label: [] for m in mechanisms}
     for length in probes:
-        built = layers(mechanisms, length, place)
+        built = {k: v for k, v in layers(mechanisms, length, place).items() if _operations(v, length)[1] is None}
 
         def round_of(layer: Layer, length: int = length) -> Thunk:
             decode = layer.decoder(6)
@@ -160,9 +169,11 @@ def estimate(mechanisms: Sequence[Mechanism], place: Place, *, probes: tuple[int
             seconds[label].append(timings[label].median)
             memory[label].append(float(peak_allocated(layer.train, device=place.device)))
     n, m = probes
+    free = Cost((0.0, 0.0), (0.0, 0.0))  # a mechanism that fails at these lengths costs nothing; its trials will say why
     return {
-        k: Cost(_through(n, seconds[k][0], m, seconds[k][1]), _through(n, memory[k][0], m, memory[k][1])) for k in seconds
-    }  # fmt: skip
+        k: Cost(_through(n, seconds[k][0], m, seconds[k][1]), _through(n, memory[k][0], m, memory[k][1])) if len(v) == 2 else free
+        for k, v in seconds.items()
+    }
 
 
 def choose_lengths(

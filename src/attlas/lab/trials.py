@@ -46,7 +46,8 @@ def common_settings(options: CompareOptions) -> dict[str, Any]:
 def gate_trial(m: Mechanism, options: CompareOptions) -> Trial:
     """Whether the mechanism may be trained and timed at all."""
     length = 2 * options.span + 5
-    settings = {**common_settings(options), "mechanism": m.settings, "dim": options.layer_width, "length": length}
+    at = m.settings_at(options.layer_width, options.heads)
+    settings = {**common_settings(options), "mechanism": at, "dim": options.layer_width, "length": length}
 
     def run(tick: Ticker) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -81,6 +82,10 @@ class Trials:
             out += {"text": self._texts, "recall": self._recalls, "speed": self._speeds, "cache": self._caches}[stage]()
         return out
 
+    def _at(self, m: Mechanism) -> dict[str, Any]:
+        """What decides about the layer that is timed."""
+        return m.settings_at(self.options.layer_width, self.options.heads)
+
     # ---- bytes --------------------------------------------------------------------------------------------------------------
 
     def _texts(self) -> list[Trial]:
@@ -92,8 +97,8 @@ class Trials:
         o, corpus, sized, plan = self.options, self.corpus, self.plan.sizes["text"][m.label], self.plan.text
         assert corpus is not None and plan is not None
         settings = {
-            **self.common, "mechanism": m.settings, "recipe": asdict(recipe), "hidden": sized.hidden, "dim": o.dim,
-            "layers": o.layers, "context": o.context, "windows": WINDOWS, "corpus": corpus.fingerprint,
+            **self.common, "mechanism": m.settings_at(o.dim, o.heads), "recipe": asdict(recipe), "hidden": sized.hidden,
+            "dim": o.dim, "layers": o.layers, "context": o.context, "windows": WINDOWS, "corpus": corpus.fingerprint,
         }  # fmt: skip
 
         def run(tick: Ticker) -> dict[str, Any]:
@@ -134,7 +139,8 @@ class Trials:
         o, task, sized, plan = self.options, self.plan.task, self.plan.sizes["recall"][m.label], self.plan.recall
         assert plan is not None
         settings = {
-            **self.common, "mechanism": m.settings, "recipe": asdict(recipe), "hidden": sized.hidden, "task": asdict(task),
+            **self.common, "mechanism": m.settings_at(build.RECALL_HEAD_DIM * o.heads, o.heads), "recipe": asdict(recipe),
+            "hidden": sized.hidden, "task": asdict(task),
             "examples": RECALL_EXAMPLES, "check": RECALL_CHECK, "enough": ENOUGH,
         }  # fmt: skip
 
@@ -191,9 +197,10 @@ class Trials:
         assert plan.text is not None
         batch = plan.text.batch
         sizes = {m.label: plan.sizes["text"][m.label].hidden for m in self.mechanisms}
+        who = [m.settings_at(o.dim, o.heads) for m in self.mechanisms]
         settings = {
-            **stamp, "what": "throughput", "mechanisms": [m.settings for m in self.mechanisms], "hidden": sizes, "batch": batch,
-            "dim": o.dim, "layers": o.layers, "context": o.context,
+            **stamp, "what": "throughput", "mechanisms": who, "hidden": sizes, "batch": batch, "dim": o.dim, "layers": o.layers,
+            "context": o.context,
         }  # fmt: skip
 
         def run(tick: Ticker) -> dict[str, Any]:
@@ -213,7 +220,7 @@ class Trials:
         chosen = [m for m in self.timed if m.label in labels]
         seconds = self.plan.speed_seconds.get(length, 1.0)
         settings = {**stamp, "what": "length", "length": length, "dim": self.options.layer_width,
-                    "mechanisms": [m.settings for m in chosen]}  # fmt: skip
+                    "mechanisms": [self._at(m) for m in chosen]}  # fmt: skip
 
         def run(tick: Ticker) -> dict[str, Any]:
             # Three of the CALLS are spent before the rounds begin.
@@ -236,7 +243,7 @@ class Trials:
 
     def _cache(self, m: Mechanism) -> Trial:
         lengths = self.plan.cache
-        settings = {**self.common, "mechanism": m.settings, "dim": self.options.layer_width, "lengths": list(lengths)}
+        settings = {**self.common, "mechanism": self._at(m), "dim": self.options.layer_width, "lengths": list(lengths)}
 
         def run(tick: Ticker) -> dict[str, Any]:
             sizes = speed.cache_sizes(m, lengths, self.place)

@@ -139,6 +139,7 @@ class BlockMap:
         return self._transposed
 
     @cached_property
+    @torch.inference_mode(False)
     def _transposed(self) -> KeyMajorMap:
         lead, nq, nk = self.batch * self.heads, self.nq, self.nk
         target = self.rows // max(nq, 1) * nk + self.cols
@@ -259,7 +260,7 @@ def _tensor(nested: Sequence) -> Tensor:
     """Nested sequences as a tensor; ragged rows of indices are filled up with -1."""
     rows = list(_innermost(nested))
     if rows and all(isinstance(v, bool) for r in rows for v in r):
-        return torch.tensor(nested, dtype=torch.bool)
+        return torch.tensor(nested, dtype=torch.bool, device="cpu")
     width = max((len(r) for r in rows), default=0)
 
     def padded(value: Sequence) -> list:
@@ -267,7 +268,7 @@ def _tensor(nested: Sequence) -> Tensor:
             return [padded(v) for v in value]
         return [*value, *[-1] * (width - len(value))]
 
-    return torch.tensor(padded(nested), dtype=torch.int64)
+    return torch.tensor(padded(nested), dtype=torch.int64, device="cpu")
 
 
 def _innermost(nested: Sequence) -> Iterator[Sequence]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from attlas.errors import OptionError
+from attlas.masks.base import Leaf, Mask, Span
 from attlas.masks.box import Box, Pairs, TileKeys, three_valued
 from attlas.masks.cells import MAX_CELLS, CellCounts, CellList
-from attlas.masks.expr import Leaf, Mask, Span
 from attlas.masks.options import integer, optional_integer, shorten
+from attlas.masks.placement import on_device
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -73,7 +74,7 @@ class Blocks(Leaf):
         nq, nk = self.allowed.shape[-2:]
         q, k = pairs.q // self.block_size, pairs.k // self.block_size
         inside = (q >= 0) & (q < nq) & (k >= 0) & (k < nk)
-        found = self.allowed.to(q.device)[..., q.clamp(0, nq - 1), k.clamp(0, nk - 1)]
+        found = on_device(self, "allowed", q.device)[..., q.clamp(0, nq - 1), k.clamp(0, nk - 1)]
         return inside & (found if self.allowed.ndim == 2 else found.unsqueeze(0))
 
     def classify_box(self, box: Box) -> Tensor:
@@ -147,7 +148,7 @@ class Random(Leaf):
         lo, hi = int(box.q_lo.min()) // self.block_size, int(box.q_hi.max()) // self.block_size
         kept: CellList | None = self.__dict__.get("_kept")
         if kept is None or lo < kept.row_lo or hi > kept.row_hi:
-            rows = torch.arange(lo, hi + 1)
+            rows = torch.arange(lo, hi + 1, device="cpu")
             cols = self.draw(rows)
             real = cols >= 0
             kept = CellList(rows[:, None].expand_as(cols)[real], cols[real], lo, hi)
@@ -167,7 +168,7 @@ class Random(Leaf):
         if last - first >= 64:
             end = last + 1 if self.span is None else self.span
             return (0, end * self.block_size - 1) if end > 0 else None
-        drawn = self.draw(torch.arange(first, last + 1))
+        drawn = self.draw(torch.arange(first, last + 1, device="cpu"))
         drawn = drawn[drawn >= 0]
         if not len(drawn):
             return None
@@ -217,7 +218,7 @@ def _bool_matrix(call: str, value: Any) -> Tensor:
     """A contiguous bool copy on the CPU, 2-D or 3-D."""
     if not isinstance(value, Tensor):
         try:
-            value = torch.tensor(_rows(value), dtype=torch.bool)
+            value = torch.tensor(_rows(value), dtype=torch.bool, device="cpu")
         except (TypeError, ValueError) as error:
             raise OptionError(f"{call}: allowed is not a matrix: {error}") from None
     if value.dtype != torch.bool:

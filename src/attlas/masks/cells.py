@@ -13,7 +13,7 @@ class CellCounts:
 
     def __init__(self, cells: Tensor):
         self.rows, self.cols = cells.shape
-        self.sums = torch.zeros(self.rows + 1, self.cols + 1, dtype=torch.int64)
+        self.sums = torch.zeros(self.rows + 1, self.cols + 1, dtype=torch.int64, device="cpu")
         if cells.numel():
             torch.cumsum(cells, 0, out=self.sums[1:, 1:]).cumsum_(1)
 

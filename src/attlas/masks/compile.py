@@ -20,6 +20,7 @@ from attlas.masks.partition import FACTOR, Partition
 from attlas.masks.tiles import DROPPED, TileMaker
 
 CACHE = BoundedCache(max_items=256, max_bytes=512 * 2**20)
+HELD = BoundedCache(max_items=64, max_bytes=128 * 2**20)  # of masks that keep tensors alive, which may be of one call only
 
 
 def block_map(mask: Mask, grid: Grid, block_q: int, block_k: int, device: torch.device | str | None) -> BlockMap:
@@ -27,10 +28,12 @@ def block_map(mask: Mask, grid: Grid, block_q: int, block_k: int, device: torch.
     check_blocks("block_map", grid.shape, block_q, block_k)
     mask.check_on(grid)
     key = (mask, grid, block_q, block_k, str(device))
-    found = CACHE.get(key)
+    cache = HELD if mask.held_bytes else CACHE
+    found = cache.get(key)
     if found is None:
-        found = compile_mask(mask, grid, block_q, block_k).to(device)
-        CACHE.put(key, found, mask.held_bytes)
+        with torch.inference_mode(False):  # what is kept may be used in training later
+            found = compile_mask(mask, grid, block_q, block_k).to(device)
+        cache.put(key, found, mask.held_bytes)
     assert isinstance(found, BlockMap)
     return found
 
@@ -73,8 +76,8 @@ def _compile_one(mask: Mask, grains: Grains, block_q: int, block_k: int) -> Iter
         state, tiles = maker.solve(found.i, found.j)
         yield _entries(found, state, tiles, len(grains.k))
     if rows < len(grains.q):  # no keys at all
-        none = torch.zeros(0, dtype=torch.int32)
-        yield Entries(torch.zeros(len(grains.q), dtype=torch.int64), none, none, maker.solve(none, none)[1])
+        none = torch.zeros(0, dtype=torch.int32, device="cpu")
+        yield Entries(torch.zeros(len(grains.q), dtype=torch.int64, device="cpu"), none, none, maker.solve(none, none)[1])
 
 
 def _entries(found: Found, state: Tensor, tiles: Tensor, nk: int) -> Entries:
@@ -85,9 +88,10 @@ def _entries(found: Found, state: Tensor, tiles: Tensor, nk: int) -> Entries:
         for part, values in zip((rows, firsts, lengths), _runs(blocks, found.hi, nk), strict=True):
             part.append(values)
     row, first, length = torch.cat(rows) - found.lo, torch.cat(firsts), torch.cat(lengths)
-    counts = torch.zeros(found.hi - found.lo, dtype=torch.int64).index_add_(0, row, length)
+    counts = torch.zeros(found.hi - found.lo, dtype=torch.int64, device="cpu").index_add_(0, row, length)
     total = int(counts.sum())
-    cols, tile_ids = torch.ones(total, dtype=torch.int32), torch.full((total,), FULL_TILE, dtype=torch.int32)
+    cols = torch.ones(total, dtype=torch.int32, device="cpu")
+    tile_ids = torch.full_like(cols, FULL_TILE)
     if total:
         place = row * nk + first
         order = torch.sort(place.int() if len(counts) * nk < 2**31 else place).indices
@@ -115,15 +119,15 @@ def _runs(blocks: Blockset, row_end: int, nk: int) -> tuple[Tensor, Tensor, Tens
 def _assemble(parts: list[Entries], grid: Grid, block_q: int, block_k: int, batch: int, heads: int) -> BlockMap:
     """Join parts in order of rows, with one pool of tiles for all."""
     if not parts:
-        none = torch.zeros(0, dtype=torch.int32)
-        parts = [Entries(none.long(), none, none, torch.zeros(0, block_q, block_k // 8, dtype=torch.uint8))]
+        none = torch.zeros(0, dtype=torch.int32, device="cpu")
+        parts = [Entries(none.long(), none, none, torch.zeros(0, block_q, block_k // 8, dtype=torch.uint8, device="cpu"))]
     if len(parts) == 1:
         tiles, tile_ids = parts[0].tiles, parts[0].tile_ids
     else:
         pools = list({id(p.tiles): p.tiles for p in parts}.values())
         tiles, same = bits.deduplicate(torch.cat(pools))
         names = dict(zip((id(p) for p in pools), same.int().split([len(p) for p in pools]), strict=True))
-        none = torch.full((1,), FULL_TILE, dtype=torch.int32)
+        none = torch.full((1,), FULL_TILE, dtype=torch.int32, device="cpu")
         tile_ids = torch.cat([torch.cat([none, names[id(p.tiles)]])[p.tile_ids + 1] for p in parts])
     counts = torch.cat([p.counts for p in parts])
     cols = parts[0].cols if len(parts) == 1 else torch.cat([p.cols for p in parts])

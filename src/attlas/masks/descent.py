@@ -58,7 +58,7 @@ class Blockset:
         if level == self.row_level:
             return self
         size = FACTOR ** (self.row_level - level)
-        i = (self.i[:, None] * size + torch.arange(size)).flatten()
+        i = (self.i[:, None] * size + torch.arange(size, device="cpu")).flatten()
         inside = (i < rows).nonzero().flatten()
         return Blockset(level, self.column_level, i[inside], self.j[:, None].expand(-1, size).flatten()[inside])
 
@@ -87,7 +87,7 @@ def descend(mask: Mask, grains: Grains) -> Iterator[Found]:
     while grains.q.size(level) * grains.k.size(level) > ROOT:
         level += 1
     rows, columns = grains.q.size(level), grains.k.size(level)
-    i, j = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    i, j = torch.arange(rows, device="cpu").repeat_interleave(columns), torch.arange(columns, device="cpu").repeat(rows)
     yield from _band(mask, grains, level, (0, rows), i, j, [])
 
 
@@ -126,8 +126,8 @@ def _subdivide(grains: Grains, level: int, i: Tensor, j: Tensor) -> tuple[Tensor
     """The blocks of the level below inside blocks (i, j)."""
     rows, cols = grains.q.size(level - 1), grains.k.size(level - 1)
     # An axis with a single block left is not divided any further.
-    fine_i = i[:, None] * FACTOR + torch.arange(FACTOR) if rows > 1 else i[:, None]
-    fine_j = j[:, None] * FACTOR + torch.arange(FACTOR) if cols > 1 else j[:, None]
+    fine_i = i[:, None] * FACTOR + torch.arange(FACTOR, device="cpu") if rows > 1 else i[:, None]
+    fine_j = j[:, None] * FACTOR + torch.arange(FACTOR, device="cpu") if cols > 1 else j[:, None]
     shape = (len(i), fine_i.shape[1], fine_j.shape[1])
     i, j = fine_i[:, :, None].expand(shape).flatten(), fine_j[:, None, :].expand(shape).flatten()
     if (rows > 1 and rows % FACTOR) or (cols > 1 and cols % FACTOR):

@@ -38,8 +38,8 @@ def pattern(mask: Mask, Tq: int, Tk: int, rows: int, cols: int) -> list[list[flo
     if not Tq or not Tk:
         return [[0.0] * cols for _ in range(rows)]
     found = _cells(mask, grid, min(rows, Tq), min(cols, Tk))
-    down = torch.arange(rows) * found.shape[0] // rows
-    across = torch.arange(cols) * found.shape[1] // cols
+    down = torch.arange(rows, device="cpu") * found.shape[0] // rows
+    across = torch.arange(cols, device="cpu") * found.shape[1] // cols
     cells: list[list[float]] = found[down][:, across].tolist()
     return cells
 
@@ -92,7 +92,7 @@ def _cells(mask: Mask, grid: Grid, rows: int, cols: int) -> Tensor:
     Tq, Tk = grid.shape
     small = Tq * Tk <= SMALL
     q, k = (_Cuts(T, n, 1 if small else _block(T, n)) for T, n in ((Tq, rows), (Tk, cols)))
-    allowed = torch.zeros(rows, cols, dtype=torch.float64)
+    allowed = torch.zeros(rows, cols, dtype=torch.float64, device="cpu")
     for one, times in different(mask).items():
         allowed += times * (_by_pairs(one, grid, q, k) if small else _by_blocks(one, grid, q, k))
     area = q.bounds.diff()[:, None] * k.bounds.diff()
@@ -112,7 +112,7 @@ class _Cuts:
 
     def __init__(self, T: int, cells: int, block: int):
         self.block = block
-        self.bounds = torch.arange(cells + 1) * (T // block) // cells * block
+        self.bounds = torch.arange(cells + 1, device="cpu") * (T // block) // cells * block
         self.bounds[-1] = T
 
     def shares(self, level: int, index: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,7 +138,7 @@ def _by_blocks(mask: Mask, grid: Grid, q: _Cuts, k: _Cuts) -> Tensor:
     sides = [Partition.regular(a, c.block, packed=False, index=mask.uses_index) for a, c in ((grid.q, q), (grid.k, k))]
     grains = Grains(sides[0], sides[1], packed=False)
     rows, cols = len(q.bounds) - 1, len(k.bounds) - 1
-    allowed = torch.zeros(rows * cols, dtype=torch.float64)
+    allowed = torch.zeros(rows * cols, dtype=torch.float64, device="cpu")
     for blocks, pairs in counts_of(mask, grains):
         down = list(q.shares(blocks.row_level, blocks.i, sides[0].level(blocks.row_level).tokens))
         across = list(k.shares(blocks.column_level, blocks.j, sides[1].level(blocks.column_level).tokens))

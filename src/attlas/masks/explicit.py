@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from attlas.errors import AttlasError, OptionError, ShapeError
+from attlas.masks.base import Leaf, Mask, Span
 from attlas.masks.box import Box, Pairs, TileKeys, three_valued
 from attlas.masks.cells import CellCounts
-from attlas.masks.expr import Leaf, Mask, Span, join_spans
+from attlas.masks.expr import join_spans
 from attlas.masks.geometry import Grid
 from attlas.masks.options import shorten
+from attlas.masks.placement import on_device
 
 CELL = 32  # side of the squares that Dense is summed up in before blocks are classified
 
@@ -93,7 +95,7 @@ class Dense(Leaf):
         return t if t.ndim != 3 else t.unsqueeze(0)
 
     def evaluate(self, pairs: Pairs) -> Tensor:
-        matrix = self._matrix.to(pairs.q.device)
+        matrix = on_device(self, "_matrix", pairs.q.device)
         Tq, Tk = matrix.shape[-2:]
         if not Tq or not Tk:
             return torch.zeros(1, 1, dtype=torch.bool, device=pairs.q.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import ShapeError
+from attlas.masks.placement import on_device
 from attlas.shapes import SeqInfo
 
 
@@ -74,12 +75,12 @@ class Axis:
             items = list(positions)
             if items and isinstance(items[0], Segment):
                 return cls(tuple(items))  # type: ignore[arg-type]
-            positions = torch.tensor([operator.index(p) for p in items], dtype=torch.int64)  # type: ignore[arg-type]
+            positions = torch.tensor([operator.index(p) for p in items], dtype=torch.int64, device="cpu")  # type: ignore[arg-type]
         if positions.ndim != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
             raise ShapeError(f"Axis.of(positions {list(positions.shape)} {positions.dtype}): wanted integers [T]")
         p = positions.cpu().to(torch.int64)
         cuts = [0, *(torch.nonzero(p[1:] != p[:-1] + 1).flatten() + 1).tolist(), len(p)]
-        first = p[torch.tensor(cuts[:-1])].tolist() if len(p) else [0]
+        first = p[torch.tensor(cuts[:-1], device="cpu")].tolist() if len(p) else [0]
         return cls(tuple(Segment(b - a, f, sequence, a) for (a, b), f in zip(pairwise(cuts), first, strict=True)))
 
     def __len__(self) -> int:
@@ -87,6 +88,9 @@ class Axis:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, tuple[Segment, ...]]:
+        return {"segments": self.segments}  # cached values stay behind
 
     @cached_property
     def _length(self) -> int:
@@ -118,7 +122,7 @@ class Axis:
             for row, value in zip(rows, (offset + s.length, s.position - offset, s.sequence, s.index - offset), strict=True):
                 row.append(value)
             offset += s.length
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def lookup(self, tokens: Tensor, row: int) -> Tensor:
         """Position (row 1), sequence id (row 2) or in-sequence index (row 3) of array tokens; past the end the last goes on."""
@@ -127,7 +131,7 @@ class Axis:
             return torch.full_like(tokens, s.sequence) if row == 2 else tokens + (s.position if row == 1 else s.index)
         if not self.segments:
             return torch.zeros_like(tokens)
-        table = self.table.to(tokens.device)
+        table = on_device(self, "table", tokens.device)
         segment = torch.searchsorted(table[0], tokens, right=True).clamp_(max=len(self.segments) - 1)
         value = table[row][segment]
         return value if row == 2 else value + tokens

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from attlas.errors import OptionError
+from attlas.masks.base import Leaf, Mask, Span
 from attlas.masks.box import PARTIAL, Box, Pairs, TileKeys, three_valued
-from attlas.masks.expr import Leaf, Mask, Span
 from attlas.masks.options import integer, integers, optional_integer, shorten
 
 

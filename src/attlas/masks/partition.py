@@ -58,7 +58,7 @@ class Partition:
     @classmethod
     def regular(cls, axis: Axis, block: int, *, packed: bool, index: bool) -> Partition:
         """Blocks of equal length; the last one may be shorter."""
-        starts = torch.arange(0, len(axis) + block, block)[: -(-len(axis) // block) + 1].clamp(max=len(axis))
+        starts = torch.arange(0, len(axis) + block, block, device="cpu")[: -(-len(axis) // block) + 1].clamp(max=len(axis))
         return cls(axis, starts, packed=packed, index=index)
 
     def __len__(self) -> int:
@@ -90,13 +90,13 @@ class Partition:
         last = torch.searchsorted(segment_starts, self.ends - 1, right=True) - 1
         pieces = last - first + 1
         self.first_segment, self.pieces = first, pieces
-        block = torch.repeat_interleave(torch.arange(len(self)), pieces)
-        segment = torch.arange(len(block)) - torch.repeat_interleave(pieces.cumsum(0) - pieces - first, pieces)
+        block = torch.repeat_interleave(torch.arange(len(self), device="cpu"), pieces)
+        segment = torch.arange(len(block), device="cpu") - torch.repeat_interleave(pieces.cumsum(0) - pieces - first, pieces)
         lo = torch.maximum(self.starts[block], segment_starts[segment])
         hi = torch.minimum(self.ends[block], ends[segment]) - 1
 
         def hull(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-            least, most = torch.full((len(self),), _FAR), torch.full((len(self),), -_FAR)
+            least, most = torch.full((len(self),), _FAR, device="cpu"), torch.full((len(self),), -_FAR, device="cpu")
             return least.scatter_reduce_(0, block, low, "amin"), most.scatter_reduce_(0, block, high, "amax")
 
         ids = hull(sequence[segment], sequence[segment]) if packed else (None, None)

@@ -11,9 +11,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from attlas.masks.base import Leaf, Span
 from attlas.masks.box import Box, Pairs, TileKeys, three_valued
-from attlas.masks.expr import Leaf, Span
 from attlas.masks.options import integers, shorten
+from attlas.masks.placement import on_device
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -37,10 +38,10 @@ class Documents(Leaf):
 
     @cached_property
     def _ends(self) -> Tensor:
-        return torch.tensor(self.ends, dtype=torch.int64)
+        return torch.tensor(self.ends, dtype=torch.int64, device="cpu")
 
     def document(self, positions: Tensor) -> Tensor:
-        return torch.searchsorted(self._ends.to(positions.device), positions.contiguous(), right=True)
+        return torch.searchsorted(on_device(self, "_ends", positions.device), positions.contiguous(), right=True)
 
     def evaluate(self, pairs: Pairs) -> Tensor:
         return self.document(pairs.q) == self.document(pairs.k)
@@ -80,12 +81,12 @@ class Global(Leaf):
 
     @cached_property
     def _tokens(self) -> Tensor:
-        return torch.tensor(self.tokens, dtype=torch.int64)
+        return torch.tensor(self.tokens, dtype=torch.int64, device="cpu")
 
     def contains(self, positions: Tensor) -> Tensor:
         if not self.tokens:
             return torch.zeros_like(positions, dtype=torch.bool)
-        tokens = self._tokens.to(positions.device)
+        tokens = on_device(self, "_tokens", positions.device)
         found = torch.searchsorted(tokens, positions.contiguous()).clamp_(max=len(self.tokens) - 1)
         return tokens[found] == positions
 

@@ -15,6 +15,7 @@ from attlas.masks.partition import Partition
 
 DROPPED, WHOLE = -2, -1  # what blocks turn out to be once evaluated, beside the index of a tile
 MAX_PIECES = 4  # segments that a block may hold and still have a key
+FEW = 64  # blocks of several segments up to which evaluating each costs less than finding out which are alike
 CHUNK = 2**22  # pairs evaluated at once
 
 
@@ -22,7 +23,7 @@ class Code:
     """One integer per block, equal only where all the columns added are equal. Exact, not a hash."""
 
     def __init__(self, n: int):
-        self.value = torch.zeros(n, dtype=torch.int64)
+        self.value = torch.zeros(n, dtype=torch.int64, device="cpu")
         self.size = 1  # values lie in [0, size)
 
     def add(self, column: Tensor) -> None:
@@ -57,7 +58,7 @@ class TileMaker:
         """For blocks (i, j): DROPPED (nothing allowed), WHOLE (everything) or the index of a tile, int64 [n]; and the tiles,
         uint8 [m, height, width // 8], all different."""
         if not len(i):
-            return i, torch.zeros(0, self.height, self.width // 8, dtype=torch.uint8)
+            return i, torch.zeros(0, self.height, self.width // 8, dtype=torch.uint8, device="cpu")
         distinct, same = self._distinct(i, j)
         tiles, allowed = self._evaluate(i[distinct], j[distinct])
         area = self.grains.q.level(0).tokens[i[distinct]] * self.grains.k.level(0).tokens[j[distinct]]
@@ -71,7 +72,7 @@ class TileMaker:
 
     def _distinct(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         """One block for each tile key, and for every block which of those it equals."""
-        code, keyed = Code(len(i)), torch.ones(len(i), dtype=torch.bool)
+        code, keyed = Code(len(i)), torch.ones(len(i), dtype=torch.bool, device="cpu")
         simple = torch.ones_like(keyed)
         for side, at in ((self.grains.q, i), (self.grains.k, j)):
             if side.pieces is not None:
@@ -80,10 +81,12 @@ class TileMaker:
             code.add(side.level(0).tokens[at])
         self._key_simple(code, keyed, simple, i, j)
         split = keyed & ~simple
-        if bool(split.any()):
+        if int(split.sum()) > FEW:
             self._key_split(code, keyed, split, i, j)
+        else:
+            keyed &= simple
         if not bool(keyed.all()):
-            code.value = torch.where(keyed, code.value, code.size + torch.arange(len(i)))
+            code.value = torch.where(keyed, code.value, code.size + torch.arange(len(i), device="cpu"))
             code.size += len(i)
         if code.size > 4 * len(i) + 4096:
             code.compress()
@@ -97,7 +100,7 @@ class TileMaker:
     def _key_split(self, code: Code, keyed: Tensor, live: Tensor, i: Tensor, j: Tensor) -> None:
         """Keys of blocks that hold several segments: the keys of all the rectangles they consist of."""
         at = live.nonzero().flatten()
-        part, part_keyed = Code(len(at)), torch.ones(len(at), dtype=torch.bool)
+        part, part_keyed = Code(len(at)), torch.ones(len(at), dtype=torch.bool, device="cpu")
         q_pieces = [_piece(self.grains.q, i[at], n) for n in range(_most_pieces(self.grains.q, i[at]))]
         k_pieces = [_piece(self.grains.k, j[at], n) for n in range(_most_pieces(self.grains.k, j[at]))]
         for q in q_pieces:
@@ -129,8 +132,8 @@ class TileMaker:
     def _bits(self, i: Tensor, j: Tensor) -> Tensor:
         """bool [n, height, width]"""
         q, k = self.grains.q, self.grains.k
-        q_token = (q.starts[i][:, None] + torch.arange(self.height))[:, :, None]
-        k_token = (k.starts[j][:, None] + torch.arange(self.width))[:, None, :]
+        q_token = (q.starts[i][:, None] + torch.arange(self.height, device="cpu"))[:, :, None]
+        k_token = (k.starts[j][:, None] + torch.arange(self.width, device="cpu"))[:, None, :]
         index = (q.axis.lookup(q_token, 3), k.axis.lookup(k_token, 3)) if self.mask.uses_index else (None, None)
         tile = self.mask.evaluate(Pairs(q.axis.lookup(q_token, 1), k.axis.lookup(k_token, 1), *index))
         if self.grains.packed:

@@ -32,7 +32,7 @@ class LongformerAttention(Attention):
     query, key and value projections of their own.
 
         i not global:  y_i = o(softmax_j(q_i . k_j) v_j)      over j in the window of i or global; each key once
-        i global:      y_i = o(softmax_j(q'_i . k'_j) v'_j)   over all j (all j <= i when causal), q', k', v' the global projections
+        i global:      y_i = o(softmax_j(q'_i . k'_j) v'_j)   over all j (j <= i when causal), by the global projections
 
     window    keys including the token's own (causal), or a Window(left, right), which with right > 0 is bidirectional
     tokens    positions of the global tokens
@@ -83,7 +83,7 @@ class LongformerAttention(Attention):
         self.v_global_proj = nn.Linear(dim, kv, bias=bool(bias))
         keep = reach(self.mask)
         held = (("k", (self.num_kv_heads, self.head_dim)), ("v", (self.num_kv_heads, self.head_dim)))
-        # Only global tokens ask for global keys, none later than their own: of the first n tokens, when those are the global ones.
+        # Only global tokens ask for global keys, and for none after themselves: the sinks, when those are the global tokens.
         second = PartSpec("kv", held, window=None if keep.window is None else 1, sinks=keep.sinks)
         self._specs = (*self._specs, second)
 

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from attlas.errors import OptionError
-from attlas.masks.leaves import Causal, Sinks, Window
+from attlas.masks.leaves import Causal, Prefix, Sinks, Window
 from attlas.nn.attention import Angles, Attend, Attention, Read
 from attlas.ops.attention import attention
 from attlas.ops.merge import merge
@@ -66,7 +66,7 @@ class StreamingAttention(Attention):
             attend=attend,
         )
         self.window, self.sinks, self.sink_positions = window, sinks, sink_positions
-        self._recent = recent & ~Sinks(sinks)
+        self._recent, self._first = recent & ~Prefix(sinks), Causal() & Prefix(sinks)
 
     def _combine(self, q: Tensor, positions: Tensor, angles: Angles, read: Read) -> Tensor:
         if self.sink_positions == "absolute" or not self.sinks:
@@ -74,7 +74,7 @@ class StreamingAttention(Attention):
         want = AuxRequest(lse=True)
         last = self.sinks + self.window - 1
         parts = [
-            read(self._rotate(q, self._angles(positions.clamp(max=last), q)), Sinks(self.sinks), want),
+            read(self._rotate(q, self._angles(positions.clamp(max=last), q)), self._first, want),
             read(self._rotate(q, angles), self._recent, want),
         ]
         return merge([(out, aux.lse) for out, aux in parts])[0].to(q.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -68,7 +69,7 @@ class AttentionCall:
         return restate(self.q, self.k, self.v, self.sink, options, "lse" if self.need_lse else "")
 
 
-def restate(q: Tensor, k: Tensor, v: Tensor, sink: object, options: dict[str, object], extra: str = "") -> str:
+def restate(q: Tensor, k: Tensor, v: Tensor, sink: object, options: Mapping[str, object], extra: str = "") -> str:
     tensors = {"q": q, "k": k, "v": v, "sink": sink}
     said = [describe(**{n: t}) if isinstance(t, Tensor) else f"{n}={t!r}" for n, t in tensors.items() if t is not None]
     said += [f"{name}={value!r}" for name, value in options.items() if value is not None]
@@ -178,9 +179,7 @@ def _wrong_tensors(q: Tensor, k: Tensor, v: Tensor, seq: SeqInfo | None, grid: G
     return None
 
 
-def _wrong_options(
-    q: Tensor, k: Tensor, mask: object, score_mod: object, scale: object, sink: object
-) -> Wrong | None:
+def _wrong_options(q: Tensor, k: Tensor, mask: object, score_mod: object, scale: object, sink: object) -> Wrong | None:
     h, b = q.shape[-2], q.shape[0] if q.ndim == 4 else 1
     if mask is not None:
         if not isinstance(mask, Mask):
@@ -198,7 +197,9 @@ def _wrong_options(
             )
         if any(t.device != q.device for t in score_mod.tensors()):
             return ShapeError, "the tensors of the score mod must be on the device of q"
-    if scale is not None and (isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+    if scale is not None and (
+        isinstance(scale, (bool, Tensor)) or not isinstance(scale, (int, float)) or not math.isfinite(scale)
+    ):
         return OptionError, "scale must be a finite number"
     if sink is not None:
         if not isinstance(sink, Tensor) or sink.shape != (h,) or not sink.is_floating_point():

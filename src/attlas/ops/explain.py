@@ -79,8 +79,9 @@ def explain(
 ) -> Explanation:
     """Explain `attention(q, k, v, ...)` without running it.
 
-    q, k, v: tensors, or shapes of tensors of `dtype` on the CPU (without memory for them). k None = q's shape with the same heads, v None = k. Raises the same errors as the op for arguments that do
-    not fit together; an `impl` that cannot run is no error here: `impl` is None in the answer.
+    q, k, v: tensors, or shapes of tensors of `dtype` on the CPU (without memory for them). k None = q's shape with the same
+    heads, v None = k. Raises the same errors as the op for arguments that do not fit together; an `impl` that cannot run is no
+    error here: `impl` is None in the answer.
     """
     if op not in IMPLS:
         raise UnknownNameError(f"explain knows no op {op!r}; {suggest(op, IMPLS)}")
@@ -95,7 +96,7 @@ def explain(
     except UnsupportedError:
         chosen = None
     verdicts = _verdicts(op, call, impl, chosen)
-    return Explanation(op, call.restate(), chosen and chosen.name, verdicts, useful_flops(call), kv_bytes(call))
+    return Explanation(op, call.restate(), None if chosen is None else chosen.name, verdicts, useful_flops(call), kv_bytes(call))
 
 
 def _tensor(x: Tensor | Sequence[int], dtype: torch.dtype) -> Tensor:

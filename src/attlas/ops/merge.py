@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     parts: (out_r [..., H, Dv], lse_r [..., H]) with natural-log lse, e.g. `[B, Tq, H, Dv]` and `[B, Tq, H]`; any number, at least
     one. Computed in fp32 (fp64 when a lse is fp64); out in the parts' dtype, lse in the computing dtype. A part with lse = -inf
     has no keys: its out is not read. Where all parts are empty: out 0, lse -inf, zero gradient. Differentiable in every out and
-    lse, twice. A key that is in two parts counts twice. A sink must be in one part only. Memory: one extra out. ShapeError.
+    lse, twice. A key that is in two parts counts twice. A sink must be in one part only. Memory: log2(parts) outs. ShapeError.
     Online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     parts = list(parts)
@@ -35,12 +35,26 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = total.masked_fill(empty, 1.0)
     lse = (top + total.log()).masked_fill(empty, -math.inf)
     shares = weights / total
-    merged: Tensor | None = None
-    for (out, own), share in zip(parts, shares, strict=True):
-        term = out.to(dtype).masked_fill((own == -math.inf)[..., None], 0.0) * share[..., None]
-        merged = term if merged is None else merged + term
-    assert merged is not None
+    merged = _pairwise_sum(
+        out.to(dtype).masked_fill((own == -math.inf)[..., None], 0.0) * share[..., None]
+        for (out, own), share in zip(parts, shares, strict=True)
+    )
     return merged.to(parts[0][0].dtype), lse
+
+
+def _pairwise_sum(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of a tree of pairs: the rounding error grows with the logarithm of the number of terms, as does the memory."""
+    sums: list[tuple[int, Tensor]] = []  # (terms summed, sum), sizes falling
+    for term in terms:
+        size = 1
+        while sums and sums[-1][0] == size:
+            term = sums.pop()[1] + term
+            size *= 2
+        sums.append((size, term))
+    total = sums.pop()[1]
+    while sums:
+        total = sums.pop()[1] + total
+    return total
 
 
 def _check(parts: list[tuple[Tensor, Tensor]]) -> None:

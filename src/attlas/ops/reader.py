@@ -115,8 +115,6 @@ class Reader:
 
     def _decodable(self) -> list[tuple[list[int], Table, DecodeRule]]:
         """Groups of sequences with equally many queries, which are their last few tokens, over rows that hold every token."""
-        if self.mask is not None and self.mask.batch is not None:
-            return []
         q = self.q
         rule = rule_for(q, mask=self.mask, score_mod=self.score_mod, scale=self.scale, sink=self.sink, impl=self.impl)
         if rule is None:

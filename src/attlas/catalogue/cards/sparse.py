@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attlas.catalogue.card import Card
-from attlas.masks import Global, Window
+from attlas.catalogue.card import Card, Degenerate
+from attlas.masks import Blocks, Global, Random, Window
+from attlas.nn.bigbird import bigbird_mask
 
 _SMALL: dict[str, Any] = {"dim": 23, "num_heads": 3, "head_dim": 6}
 _WHERE: dict[str, Any] = {"reference": "attlas.reference.softmax:attention", "op": "attlas.ops.attention:attention"}
@@ -43,6 +44,39 @@ CARDS = (
             "gqa": {"num_kv_heads": 1, "tokens": (2, 7), "dilation": 2},
         },
         variants={"tokens": (0, 2), "window": 3},
+        **_WHERE,
+    ),
+    Card(
+        name="bigbird",
+        aliases=("big-bird",),
+        family="fixed patterns",
+        summary="Neighbouring blocks, global blocks at both ends and a few random blocks, in one softmax.",
+        formula="j allowed for i: |b(i) - b(j)| <= w, or b(i) or b(j) global, or b(j) in R_h(b(i)); b(i) = floor(i / block)",
+        paper="Zaheer et al., Big Bird: Transformers for Longer Sequences, arXiv:2007.14062",
+        year=2020,
+        used_by=("BigBird-RoBERTa", "BigBird-Pegasus encoder"),
+        time="O(n b (2 w + 1 + r + g) d) for blocks of b, r random and g global ones",
+        memory="O(n d)",
+        cache="none when bidirectional, as in the paper; the causal form keeps 2 h d_h per token",
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
+        caveats=(
+            "a key that is in several of the sets counts once; transformers in eval mode draws no random blocks and counts the "
+            "first block 1 + r times instead",
+            "random blocks are drawn per head by a hash of seed and position, from all blocks; transformers draws from those "
+            "that neither the window nor the ends cover, and from the global numpy generator",
+            "the last block is that of the sequence, ragged where the length is no multiple of the block; no padding is needed",
+            "bidirectional sequences of different lengths in one packed batch run one by one: their masks differ",
+            "the causal form (no block from the end is global, blocks are drawn from the past) is not in the paper",
+            "short sequences keep the pattern; transformers falls back to full attention up to 5 + 2 r blocks",
+            "rotary positions by default; the paper adds learned positions to the input instead (rope=False)",
+        ),
+        mixer="attlas.nn.bigbird:bigbird",
+        level=3,
+        pattern=bigbird_mask(2, (0, -1), Random(1, 2, seed=3, span=8), causal=False, length=16),
+        example={**_SMALL, "block": 3, "random_blocks": 2},
+        options_for={"causal": {"causal": True}, "decode": {"causal": True}},
+        variants={"global_blocks": (0, 4), "random_blocks": Blocks(("1" * 40,) * 40, 3)},
+        degenerate=Degenerate({"block": 307}, equals="full"),
         **_WHERE,
     ),
 )

@@ -45,12 +45,14 @@ def slower_here(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, grid: Grid, scale: float) -> Tensor:
     """q [B, Tq, H, D], k [B, Tk, Hkv, D], v [B, Tk, Hkv, Dv] -> [B, Tq, H, Dv]; the caller has asked `unsupported`."""
-    if k.shape[1] == 0 or q.numel() == 0:  # the sum ties the zeros to the graph, so that gradients are zeros and not missing
-        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0.0 * (q.sum() + k.sum() + v.sum())
-    heads_first = [x.transpose(1, 2) if x.stride(-1) == 1 else x.contiguous().transpose(1, 2) for x in (q, k, v)]
+    if k.shape[1] == 0 or q.numel() == 0:
+        nothing = [x.flatten()[:0].sum() for x in (q, k, v)]  # zeros that belong to the graph: gradients are zeros, not missing
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + nothing[0] + nothing[1] + nothing[2]
+    qh, kh, vh = (x.transpose(1, 2) if x.stride(-1) == 1 else x.contiguous().transpose(1, 2) for x in (q, k, v))
     causal = _kind(mask, grid) == "causal"
     grouped = q.shape[2] != k.shape[2]
-    return F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def _kind(mask: Mask | None, grid: Grid) -> str | None:

@@ -70,7 +70,9 @@ class BlockScores:
             return self.k_pos[a:b]
         return torch.cat([self.k_pos[a:b] for a, b in slab.runs])
 
-    def __call__(self, queries: Tensor, keys: Tensor, row: Row, slab: Slab, buffer: Buffer, spare: Buffer) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, queries: Tensor, keys: Tensor, row: Row, slab: Slab, buffer: Buffer, spare: Buffer
+    ) -> tuple[Tensor, Tensor]:
         """(scores in log 2 units with -inf at masked pairs [units, M, w], what the score mod was given)."""
         n, m = queries.shape[:2]
         out = raw = torch.bmm(queries, keys.transpose(1, 2), out=buffer.shaped(n, m, slab.width))

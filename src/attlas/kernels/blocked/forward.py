@@ -22,7 +22,9 @@ class Forward:
         self.scores = Buffer(q, shape.dtype)
         self.spare = Buffer(q, shape.dtype)
 
-    def run(self, layout: Layout, mod: ScoreMod | None, grid: Grid, *, need_stats: bool, careful: bool) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, layout: Layout, mod: ScoreMod | None, grid: Grid, *, need_stats: bool, careful: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """(out [B, Tq, H, Dv] in q's dtype, stats [B, Tq, H, 2] in the computing dtype or None).
 
         stats: each row's maximum, in units of log 2, and the sum of 2^(score - maximum); see `log_sum_exp`.
@@ -46,25 +48,24 @@ class Forward:
         acc: Tensor | None = None
         for slab in row.slabs:
             s, _ = self.score(queries, self.score.keys_of(keys, slab), row, slab, self.scores, self.spare)
-            # Scores of -inf only: a finite maximum makes exp2 give 0 instead of NaN.
-            new_top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
-            rescale = None
-            if top is not None and total is not None:
-                new_top = torch.maximum(top, new_top)
-                rescale = torch.exp2(top - new_top)
-                total = total * rescale
-            top = new_top
-            s.sub_(top).exp2_()
-            total = s.sum(-1, keepdim=True) if total is None else total.add_(s.sum(-1, keepdim=True))
+            # Where all scores are -inf, a finite maximum makes exp2 give 0 instead of NaN.
+            peak = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+            if top is not None:
+                peak = torch.maximum(top, peak)
+                rescale = torch.exp2(top.sub_(peak))
+                total = None if total is None else total.mul_(rescale)
+                acc = None if acc is None else acc.mul_(rescale)
+            top = peak
+            weights = s.sub_(top).exp2_()
+            mass = weights.sum(-1, keepdim=True)
+            total = mass if total is None else total.add_(mass)
             value = self.score.keys_of(values, slab)
             if self.score.careful and slab.tiles:
-                self.score.fill(s, row, slab, 0.0)
-                part = masked_product(s, value, self.score.seen(row, slab))
-                acc = part if acc is None else acc.mul_(rescale).add_(part)
-            elif acc is None:
-                acc = torch.bmm(s, value)
+                self.score.fill(weights, row, slab, 0.0)
+                part = masked_product(weights, value, self.score.seen(row, slab))
+                acc = part if acc is None else acc.add_(part)
             else:
-                acc.mul_(rescale).baddbmm_(s, value)
+                acc = torch.bmm(weights, value) if acc is None else acc.baddbmm_(weights, value)
         self._finish(chunk, row, acc, top, total)
 
     def _start(self, chunk: Chunk, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:

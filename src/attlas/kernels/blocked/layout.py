@@ -1,7 +1,7 @@
 """Which slabs of keys each block of queries works through, and which of their pairs are masked.
 
 A `Row` is a block of queries; its `Slab`s are runs of keys wide enough for one good matrix product and narrow enough that the
-score buffer stays in cache. A slab names the tiles (sub-rectangles) in which some pair is masked; outside tiles nothing is tested.
+score buffer stays in cache. A slab names the tiles (sub-rectangles) in which some pair is masked; outside them nothing is tested.
 """
 
 from __future__ import annotations
@@ -76,34 +76,41 @@ class Layout(ABC):
         return found
 
 
-def _split(runs: list[tuple[int, int]], tiles: dict[int, tuple[int, int]]) -> Iterator[Slab]:
-    """Slabs of runs of keys. tiles: first key of a tile -> (width, id)."""
+Tiles = dict[int, tuple[int, int]]  # first key -> (width, tile id)
+
+
+def _split(runs: list[tuple[int, int]], tiles: Tiles) -> Iterator[Slab]:
+    """Slabs of runs of keys: long runs in pieces of about SLAB_KEYS, short ones gathered when there are several."""
     short = [r for r in runs if r[1] - r[0] < SHORT_RUN]
     if len(short) < 3:
         short = []
-    for a, b in runs:
-        if short and b - a < SHORT_RUN:
-            continue
-        pieces = -(-(b - a) // SLAB_KEYS)
-        step = -(-(b - a) // pieces // 64) * 64
-        starts = [t for t in tiles if a <= t < b]
-        at = a
-        while at < b:
-            end = min(b, at + step)
-            inside = [t for t in starts if t < end < t + tiles[t][0]]  # never cut a tile
-            if inside:
-                end = inside[0] + tiles[inside[0]][0]
-            here = tuple((t - at, *tiles[t]) for t in starts if at <= t < end)
-            yield Slab(((at, end),), end - at, here)
-            at = end
+    gathered = set(short)
+    for run in runs:
+        if run not in gathered:
+            yield from _pieces(*run, tiles)
     while short:
-        width, taken, here = 0, [], []
-        while short and (not taken or width + short[0][1] - short[0][0] <= SLAB_KEYS):
-            a, b = short.pop(0)
+        taken, width = [short.pop(0)], 0
+        while short and sum(b - a for a, b in taken) + short[0][1] - short[0][0] <= SLAB_KEYS:
+            taken.append(short.pop(0))
+        here: list[tuple[int, int, int]] = []
+        for a, b in taken:
             here += [(t - a + width, *tiles[t]) for t in tiles if a <= t < b]
-            taken.append((a, b))
             width += b - a
         yield Slab(tuple(taken), width, tuple(here))
+
+
+def _pieces(a: int, b: int, tiles: Tiles) -> Iterator[Slab]:
+    """Slabs of one run; a tile is never cut."""
+    starts = [t for t in tiles if a <= t < b]
+    pieces = -(-(b - a) // SLAB_KEYS)
+    step = -(-(b - a) // pieces // 64) * 64
+    while a < b:
+        end = min(b, a + step)
+        for t in starts:
+            if t < end < t + tiles[t][0]:
+                end = t + tiles[t][0]
+        yield Slab(((a, end),), end - a, tuple((t - a, *tiles[t]) for t in starts if a <= t < end))
+        a = end
 
 
 class MapLayout(Layout):
@@ -130,7 +137,7 @@ class MapLayout(Layout):
     def _slabs(self, cols: list[int], ids: list[int], isolate: bool) -> Iterator[Slab]:
         bk, k_len = self.map.block_k, self.map.k_len
         runs: list[tuple[int, int]] = []
-        tiles: dict[int, tuple[int, int]] = {}
+        tiles: Tiles = {}
         for col, tile in zip(cols, ids, strict=True):
             a, b = col * bk, min(k_len, (col + 1) * bk)
             if tile >= 0 and isolate:

@@ -86,9 +86,7 @@ class _Attention(torch.autograd.Function):
         mod = call.mod if call.mod is None else call.mod.replace_tensors(tensors)
         work = Backward(q, k, v, out, stats, shape=call.shape, scale=call.scale)
         for careful in (False, True):
-            work.run(
-                call.layout, mod, call.grid, grad_out, grad_lse, mod_wanted=tuple(ctx.needs_input_grad[5:]), careful=careful
-            )
+            work.run(call.layout, mod, call.grid, grad_out, grad_lse, mod_wanted=tuple(ctx.needs_input_grad[5:]), careful=careful)
             if not call.masked or work.finite:
                 break
         dsink = work.sink_gradient(sink) if sink is not None and ctx.needs_input_grad[4] else None

@@ -106,10 +106,21 @@ template <class M, class T> void forward_task(const ForwardPlan* p, int64_t task
     kb.k = f.k, kb.v = f.v, kb.dim_words = words<M>((int)a->dim), kb.dim_v_vecs = (int)f.ldo / VL;
     kb.k_panel = (int64_t)kb.dim_words * PANEL, kb.capacity = a->block_k, kb.v_panel = kb.capacity / M::PER * PANEL;
     kb.k0 = (int)(col * a->block_k), kb.n = imin((int)a->block_k, (int)(a->k_len - kb.k0));
-    gather_rows<T>(rows, a->k, a->sk, b, kb.k0, kb.n, kvh);
-    pack_transposed<M, T>(rows, kb.n, (int)a->dim, f.k);
-    gather_rows<T>(rows, a->v, a->sv, b, kb.k0, kb.n, kvh);
-    kb.v_bad = pack_natural<M, T>(rows, kb.n, (int)a->dim_v, kb.capacity, f.v);
+    int lo = kb.n, hi = 0;  // keys that some unit touches, in whole panels: sparse maps use small parts of their blocks
+    for (int u = 0; u < nu; u++) {
+      if (at[u] >= end[u] || (a->row_ptr ? a->cols[at[u]] : at[u]) != col) continue;
+      int64_t id = a->row_ptr ? a->tile_ids[at[u]] : -1;
+      Allowed used = {0, kb.n, nullptr, 0};
+      if (id >= 0) used = allowed_in_tile(a->tiles + id * a->block_q * (a->block_k / 8), nq[u], (int)a->block_k);
+      if (used.first < used.last) lo = imin(lo, used.first / PANEL * PANEL), hi = imax(hi, imin(kb.n, (int)round_up(used.last, PANEL)));
+    }
+    kb.v_bad = false;
+    if (lo < hi) {
+      gather_rows<T>(rows, a->k, a->sk, b, kb.k0 + lo, hi - lo, kvh);
+      pack_transposed<M, T>(rows, hi - lo, (int)a->dim, f.k + (int64_t)lo / PANEL * kb.k_panel);
+      gather_rows<T>(rows, a->v, a->sv, b, kb.k0 + lo, hi - lo, kvh);
+      kb.v_bad = pack_natural<M, T>(rows, hi - lo, (int)a->dim_v, kb.capacity, f.v + (int64_t)lo / M::PER * PANEL);
+    }
     Allowed full = {0, kb.n, kb.n % VL ? tail_bits(tail, kb.n, (int)a->block_k) : nullptr, 0};
     for (int u = 0; u < nu; u++) {
       if (at[u] >= end[u] || (a->row_ptr ? a->cols[at[u]] : at[u]) != col) continue;

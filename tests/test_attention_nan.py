@@ -87,7 +87,7 @@ NAN_CASES = (
 
 
 @pytest.mark.parametrize("impl", ["blocked", "reference"])
-@pytest.mark.parametrize(("what", "bad"), [("k", math.nan), ("v", math.nan), ("v", math.inf), ("both", -math.inf)])
+@pytest.mark.parametrize(("what", "bad"), [("k", math.nan), ("v", math.inf), ("both", math.nan)])
 @pytest.mark.parametrize("name", NAN_CASES)
 def test_poison_stays_where_it_is_seen(name, what, bad, impl):
     case = CASES[name]

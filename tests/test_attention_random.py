@@ -17,7 +17,7 @@ from attlas.shapes import SeqInfo
 from attlas.testing.budget import assert_same
 
 F64 = torch.float64
-HERE = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+HERE = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def leaves(tq: int, tk: int, *, dense: bool) -> st.SearchStrategy[Mask]:
@@ -104,7 +104,7 @@ def test_blocked_is_the_reference(sizes, case):
 
 
 @given(case=calls(), data=st.data())
-@HERE
+@settings(HERE, max_examples=20)
 def test_nan_in_a_masked_key_or_value_stays_there(sizes, case, data):
     """Some keys and values are not finite: what does not see them is what it would be without them."""
     from test_attention_nan import check_poison

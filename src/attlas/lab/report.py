@@ -20,6 +20,7 @@ from attlas.lab.results import Results
 from attlas.masks import draw
 
 CELLS = 32  # of a picture, each way
+NO_MASK = {"scan": "a running state, no mask", "long_conv": "a long convolution, no mask"}  # by the op's module
 LOGO = (
     '<svg viewBox="0 0 24 24" aria-hidden="true"><g fill="currentColor">'
     + "".join(
@@ -234,7 +235,7 @@ def _picture(results: Results, label: str) -> str:
     except AttlasError:  # an option that is no plain value cannot be read back from stored results
         mask = card(m["name"]).pattern
     if mask is None:
-        return "<span>the pattern depends on the data</span>"
+        return f"<span>{NO_MASK.get(m['card'].get('op', '').partition(':')[0].rpartition('.')[2], 'no fixed mask')}</span>"
     context = options["context"]
     cells = draw.pattern(mask, context, context, CELLS, CELLS)
     squares = "".join(_runs(i, row) for i, row in enumerate(cells))

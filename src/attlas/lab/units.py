@@ -14,8 +14,8 @@ def digits(value: float, figures: int = 3) -> str:
     """`figures` significant digits, never in exponent form: 0.01234 -> '0.0123', 1234 -> '1,234'."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
-    value = float(f"{value:.{figures - 1}e}")  # rounded first: 0.9996 has one digit before the point
-    places = max(0, figures - 1 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{value:.{figures - 1}e}")  # 0.9996 will have one digit before the point
+    places = max(0, figures - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:,.{places}f}"
 
 

@@ -91,9 +91,9 @@ class MultiHeadLatent(Mixer):
                       with mscale_all_dim
     bias              of the projections down to the latents and of the output projection
 
-    Without a cache, and for long chunks with one, keys and values are expanded. For few new tokens W_k moves to the query and W_v
-    to the output: attention of H heads over one key/value head whose key is [c ; r] and whose value is c, read where the cache
-    stores it. Both compute the same; the scale stays that of the expanded width.
+    Without a cache, for prompts and for long chunks, keys and values are expanded. For few new tokens W_k moves to the query and
+    W_v to the output: attention of H heads over one key/value head whose key is [c ; r] and whose value is c, read where the
+    cache stores it. Both compute the same; the scale stays that of the expanded width.
 
     Cost: per pair H (nope + rope + v) multiply-adds expanded, H (2 kv_lora_rank + rope) absorbed. Cache kv_lora_rank + rope per
     token. Source: DeepSeek-AI 2024, arXiv 2405.04434.
@@ -200,16 +200,16 @@ class MultiHeadLatent(Mixer):
 
     # ---- reading the cache --------------------------------------------------------------------------------------------------
 
-    @property
-    def expand_from(self) -> int:
-        """New tokens from which expanding each held latent once costs less than the wider pairs of the absorbed form."""
+    def absorbs(self, new: int, held: int) -> bool:
+        """Whether `new` queries over `held` tokens cost less absorbed (each query goes through W_k and W_v, and pairs are wider)
+        than with all held tokens expanded. Where pairs are wider, a prompt is expanded."""
         wider = (2 * self.kv_rank + self.rotary) - (self.nope + self.rotary + self.v_dim)
-        once = self.kv_rank * (self.nope + self.v_dim)
-        return max(2, math.ceil(once / wider)) if wider > 0 else torch.iinfo(torch.int64).max
+        through = self.kv_rank * (self.nope + self.v_dim)
+        return new * (through + held * wider) < held * through
 
     def _read(self, q_nope: Tensor, q_rope: Tensor, part: Part, seq: SeqInfo) -> Tensor:
         """Each sequence in the form that is cheaper for it -> [T, H, v_dim]."""
-        long = [n >= self.expand_from for n in seq.lengths]
+        long = [not self.absorbs(n, part.lengths[row]) for n, row in zip(seq.lengths, seq.rows, strict=True)]
         if not any(long):
             return self._absorbed(q_nope, q_rope, part, seq)
         if all(long):
@@ -224,8 +224,8 @@ class MultiHeadLatent(Mixer):
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, part: Part, seq: SeqInfo) -> Tensor:
         view = LatentView(part, lambda held: self._expand(held.squeeze(-2)), stored=False)
-        options = {"mask": self.mask, "scale": self.scale, "impl": self.impl}
-        return attention_cached(torch.cat([q_nope, q_rope], -1), view, seq=seq, **options)
+        q = torch.cat([q_nope, q_rope], -1)
+        return attention_cached(q, view, seq=seq, mask=self.mask, scale=self.scale, impl=self.impl)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, part: Part, seq: SeqInfo) -> Tensor:
         up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, nope + v, kv_rank]

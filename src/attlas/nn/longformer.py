@@ -84,8 +84,7 @@ class LongformerAttention(Attention):
         keep = reach(self.mask)
         held = (("k", (self.num_kv_heads, self.head_dim)), ("v", (self.num_kv_heads, self.head_dim)))
         # Only global tokens ask for global keys, and for none after themselves: the sinks, when those are the global tokens.
-        second = PartSpec("kv", held, window=None if keep.window is None else 1, sinks=keep.sinks)
-        self._specs = (*self._specs, second)
+        self._second = PartSpec("kv", held, window=None if keep.window is None else 1, sinks=keep.sinks)
 
     def mix(self, x: Tensor, *, memory: Tensor | None, positions: Tensor, seq: SeqInfo | None, cache: Cache | None) -> Tensor:
         if cache is None and seq is not None:
@@ -143,6 +142,9 @@ class LongformerAttention(Attention):
             return self.attend(q, k, v, mask=Dense(mask.dense(grid, device=x.device)), scale=self.scale, impl=self.impl)
 
         return self._both(x[None], positions, read)[0]
+
+    def cache_specs(self) -> tuple[PartSpec, ...]:
+        return (*super().cache_specs(), self._second)
 
     def flops(self, seq_len: int) -> int:
         """The projections of Attention, the global ones that are used, and every pair of the mask once."""

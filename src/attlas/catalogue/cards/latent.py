@@ -24,7 +24,7 @@ CARDS = (
             "the scale is that of the expanded width (192 in DeepSeek-V3), in the absorbed form too",
             "rotary pairs are interleaved, as in the released checkpoints; a Rope with interleaved=False is for permuted ones",
             "decoding multiplies queries and outputs by W_k and W_v instead of expanding the cache: the same function, other "
-            "rounding; chunks so long that expanding the held latents is cheaper do expand them, for the time of the step",
+            "rounding; prompts and long chunks, for which it is cheaper, expand it for the time of the step",
             "the norms' eps is 1e-6, whatever the rest of the model uses",
         ),
         reference="attlas.reference.softmax:attention",

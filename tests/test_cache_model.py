@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -291,7 +291,9 @@ class PagedMachine(Machine):
 def machine(kind: str):
     base = PagedMachine if kind.startswith("paged") else Machine
     case = type(f"Machine_{kind}", (base,), {"kind": kind}).TestCase
-    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+    case.settings = settings(
+        max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
     return case
 
 

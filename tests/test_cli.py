@@ -46,7 +46,7 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "attlas", *arguments], capture_output=True, text=True, **options)
 
 
-COMMANDS = ("list", "show", "draw", "explain", "compare", "generate", "bench masks", "bench attention")
+COMMANDS = ("list", "show", "draw", "explain", "compare", "generate", "bench masks", "bench attention", "bench scan")
 
 
 # ---- the whole

@@ -21,7 +21,19 @@ from attlas.testing.inputs import randn
 
 B, T, H, K, V = 2, 83, 3, 5, 7
 STATE = AuxRequest(state=True)
-SETTINGS = ("plain", "per head", "per token", "per channel", "strong", "delta", "gated delta", "channel delta", "low rank", "bonus", "all")
+SETTINGS = (
+    "plain",
+    "per head",
+    "per token",
+    "per channel",
+    "strong",
+    "delta",
+    "gated delta",
+    "channel delta",
+    "low rank",
+    "bonus",
+    "all",
+)
 
 
 def tensors(setting: str, length: int = T, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], dict[str, Any]]:
@@ -112,7 +124,10 @@ def test_states_carry_over_any_split(setting: str) -> None:
     outs, at = [], 0
     for n in (1, 16, 0, 31, 2, T - 50):
         part = [t[:, at : at + n] for t in qkv]
-        here = {name: tuple(t[:, at : at + n] for t in x) if isinstance(x, tuple) else x[:, at : at + n] for name, x in options.items()}
+        here = {
+            name: tuple(t[:, at : at + n] for t in x) if isinstance(x, tuple) else x[:, at : at + n]
+            for name, x in options.items()
+        }
         out, aux = scan(*part, **here, **constant, initial_state=state, return_aux=STATE)
         outs.append(out)
         state, at = aux.state, at + n
@@ -157,7 +172,9 @@ def test_state_drift_of_fp32_after_100_000_steps() -> None:
         for t in range(length):
             here = slice(t, t + 1)
             args = [x[:, here].float() for x in (q, k, v)]
-            _, aux = scan(*args, log_decay=log_decay[:, here].float(), delta=beta[:, here].float(), initial_state=state, return_aux=STATE)
+            _, aux = scan(
+                *args, log_decay=log_decay[:, here].float(), delta=beta[:, here].float(), initial_state=state, return_aux=STATE
+            )
             state = aux.state
     drift = (state.double() - exact.state).abs().max() / exact.state.abs().max()
     assert drift < 1e-5, drift
@@ -198,7 +215,6 @@ def test_bad_input_restates_the_call() -> None:
     for wrong in (
         {"log_decay": decay + 0.1},
         {"form": "chunks"},
-        
     ):
         with pytest.raises(OptionError, match="scan"):
             scan(q, k, v, **wrong)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class SeqInfo:
 
         def lens(cu: Sequence[int] | Tensor) -> tuple[int, ...]:
             c = cu.tolist() if isinstance(cu, Tensor) else list(cu)
-            return tuple(b - a for a, b in zip(c[:-1], c[1:], strict=True))
+            return tuple(b - a for a, b in pairwise(c))
 
         return cls(lens(cu_seqlens_q), None if cu_seqlens_k is None else lens(cu_seqlens_k))
 

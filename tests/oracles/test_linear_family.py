@@ -82,7 +82,8 @@ def test_mamba2_equals_transformers(groups: int) -> None:
 
     dim, heads, state_dim = 14, 4, 5
     config = Mamba2Config(
-        hidden_size=dim, num_heads=heads, head_dim=7, state_size=state_dim, n_groups=groups, expand=2, conv_kernel=4, chunk_size=8,
+        hidden_size=dim, num_heads=heads, head_dim=7, state_size=state_dim, n_groups=groups, expand=2, conv_kernel=4,
+        chunk_size=8,
         num_hidden_layers=1, rms_norm=True,
     )  # fmt: skip
     theirs = seeded(Mamba2Mixer(config, layer_idx=0), torch.float32)

@@ -102,7 +102,8 @@ def bench_attention() -> Callable[..., None]:
 
 
 def bench_scan() -> Callable[..., None]:
-    """The linear recurrence and the long convolution: share of the matrix product's rate, growth with length, cost of a decode step.
+    """The linear recurrence and the long convolution: share of the matrix product's rate, growth with length, cost of a decode
+    step.
 
     Examples:
 

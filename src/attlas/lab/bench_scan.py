@@ -1,4 +1,5 @@
-"""The linear recurrence and the long convolution: rates over the machine's matrix product, growth with length, cost of a decode step.
+"""The linear recurrence and the long convolution: rates over the machine's matrix product, growth with length, cost of a decode
+step.
 
 Every case is checked against the definition in fp64 before it is timed. Rates count the chunk form's own flops: forward
 2 T H (2 C K + 2 C V + 4 K V) / 2 with C = 64, and three times that for forward and backward together.
@@ -7,6 +8,7 @@ Every case is checked against the definition in fp64 before it is timed. Rates c
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from attlas.lab.measure import Thunk, fit_power_law, machine_stamp, time_interle
 from attlas.ops.long_conv import long_conv
 from attlas.ops.scan import scan
 from attlas.registry import load_attr
-from attlas.shapes import AuxRequest
+from attlas.shapes import Aux, AuxRequest
 from attlas.testing.budget import assert_budget
 
 GEMM_SIZE, CHUNK = 1536, 64
@@ -25,7 +27,13 @@ DECAYS = ("per token", "per channel")
 
 
 def run(
-    *, tokens: int = 16384, heads: int = 8, dim: int = 64, repeats: int = 5, lengths: str = "1024,4096,16384,65536", peer: bool = True
+    *,
+    tokens: int = 16384,
+    heads: int = 8,
+    dim: int = 64,
+    repeats: int = 5,
+    lengths: str = "1024,4096,16384,65536",
+    peer: bool = True,
 ) -> dict[str, Any]:
     """Check and measure.
 
@@ -54,13 +62,18 @@ def _inputs(decay: str, tokens: int, heads: int, dim: int) -> tuple[list[Tensor]
     return qkv, -0.1 * torch.rand(shape)
 
 
+def _out(leaves: list[Tensor], *, form: str = "auto", impl: str = "auto") -> Tensor:
+    """The outputs for (q, k, v, log_decay)."""
+    return scan(*leaves[:3], log_decay=leaves[3], form=form, impl=impl, return_aux=AuxRequest(state=True))[0]
+
+
 def _check(decay: str, heads: int, dim: int) -> None:
     """Outputs and gradients of a shorter sequence against the quadratic form in fp64."""
     qkv, log_decay = _inputs(decay, 301, heads, dim)
 
     def results(dtype: torch.dtype, form: str) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in (*qkv, log_decay)]
-        out = scan(*leaves[:3], log_decay=leaves[3], form=form)
+        out = _out(leaves, form=form)
         return [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
 
     got, naive = results(torch.float32, "chunk"), results(torch.float32, "parallel")
@@ -75,8 +88,7 @@ def _rate(decay: str, tokens: int, heads: int, dim: int, repeats: int, peer: boo
 
     def both(impl: str) -> Thunk:
         def call() -> object:
-            out = scan(*leaves[:3], log_decay=leaves[3], form="chunk", impl=impl)
-            return torch.autograd.grad(out.sum(), leaves)
+            return torch.autograd.grad(_out(leaves, form="chunk", impl=impl).sum(), leaves)
 
         return call
 
@@ -100,7 +112,8 @@ def _rate(decay: str, tokens: int, heads: int, dim: int, repeats: int, peer: boo
 
 
 def _mamba_peer(leaves: list[Tensor]) -> Thunk | None:
-    """transformers' chunked scan, forward and backward, at its default chunk of 256: x = v, B = k, C = q, A = -1, dt = -log_decay."""
+    """transformers' chunked scan, forward and backward, at its default chunk of 256: x = v, B = k, C = q, A = -1, dt =
+    -log_decay."""
     try:
         theirs: Callable[..., Any] = load_attr("transformers.models.mamba2.modeling_mamba2:mamba2_chunk_scan")
     except (ImportError, AttributeError):
@@ -119,7 +132,7 @@ def _exponent(decay: str, lengths: list[int], heads: int, dim: int) -> dict[str,
     for n in lengths:
         qkv, log_decay = _inputs(decay, n, heads, dim)
         leaves = [t.requires_grad_() for t in (*qkv, log_decay)]
-        call = {"scan": lambda x=leaves: torch.autograd.grad(scan(*x[:3], log_decay=x[3]).sum(), x)}
+        call = {"scan": lambda x=leaves: torch.autograd.grad(_out(x).sum(), x)}
         times.append(time_interleaved(call, 3, max_seconds=20)["scan"].median)
     fit = fit_power_law(lengths, times, last=None)
     return {"lengths": lengths, "seconds": times, "exponent": None if fit is None else fit.exponent}
@@ -133,9 +146,10 @@ def _decode_steps(heads: int, dim: int, repeats: int) -> dict[str, Any]:
         for _ in range(n // 65536 or 1):
             qkv, log_decay = _inputs("per token", min(n, 65536), heads, dim)
             _, aux = scan(*qkv, log_decay=log_decay, initial_state=state, return_aux=AuxRequest(state=True))
+            assert isinstance(aux, Aux) and aux.state is not None
             state = aux.state
         qkv, log_decay = _inputs("per token", 1, heads, dim)
-        calls[str(n)] = lambda qkv=qkv, g=log_decay, s=state: scan(*qkv, log_decay=g, initial_state=s)
+        calls[str(n)] = partial(scan, *qkv, log_decay=log_decay, initial_state=state)
     seconds = {name: t.median for name, t in time_interleaved(calls, 4 * repeats).items()}
     return {"seconds": seconds, "ratio": seconds[str(1 << 20)] / seconds["1024"]}
 
@@ -145,7 +159,9 @@ def _convolution(tokens: int, channels: int, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     u, kernel = torch.randn(1, tokens, channels), torch.randn(channels, tokens) * torch.linspace(0, -12, tokens).exp()
     short = slice(0, 257)
-    exact = torch.nn.functional.conv1d(u[:, short].mT.double(), kernel[:, short].flip(1).double()[:, None], padding=256, groups=channels)
+    exact = torch.nn.functional.conv1d(
+        u[:, short].mT.double(), kernel[:, short].flip(1).double()[:, None], padding=256, groups=channels
+    )
     error = (long_conv(u[:, short], kernel).double() - exact[..., :257].mT).abs().max()
     assert error < 1e-4, f"long_conv is off by {error:.2g}: nothing is timed"
     weight = kernel.flip(1)[:, None]
@@ -163,13 +179,19 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rates"]:
         peer = "-" if row["over_transformers"] is None else f"{row['over_transformers']:.1f}x"
         lines.append(
-            f"decay {row['decay']:12} forward {row['forward_of_limit']:.2f} of the matrix product, forward + backward {row['both_of_limit']:.2f}; "
+            f"decay {row['decay']:12} forward {row['forward_of_limit']:.2f} of the matrix product, forward + "
+            f"backward {row['both_of_limit']:.2f}; "
             f"over torch chunks {row['over_blocked']:.1f}x, over transformers {peer}"
         )
     for decay, fit in result["exponents"].items():
-        lines.append(f"decay {decay:12} time exponent {fit['exponent']:.2f} over {fit['lengths'][0]} ... {fit['lengths'][-1]} tokens")
+        lines.append(
+            f"decay {decay:12} time exponent {fit['exponent']:.2f} over {fit['lengths'][0]} ... {fit['lengths'][-1]} tokens"
+        )
     lines.append(f"decode step after 1,048,576 tokens / after 1,024: {result['decode']['ratio']:.2f}")
-    lines.append(f"long convolution at {result['convolution']['tokens']} tokens: {result['convolution']['over_direct']:.0f}x the direct one")
+    lines.append(
+        f"long convolution at {result['convolution']['tokens']} tokens: "
+        f"{result['convolution']['over_direct']:.0f}x the direct one"
+    )
     lines.append(f"core {result['core']}, {result['threads']} threads")
     return "\n".join(lines)
 

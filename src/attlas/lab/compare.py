@@ -178,7 +178,7 @@ def _do(trial: Trial, store: Store, shown: Progress, *, quiet: bool = False) -> 
         result = trial.run(_silent if quiet else shown.tick)
     except Diverged as error:
         record |= {"status": "diverged", "error": str(error)}
-    except (AttlasError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # whatever goes wrong with one mechanism, the others go on
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     else:
         red = "; ".join(result.get("problems", ()))

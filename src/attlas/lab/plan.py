@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from attlas._version import __version__
-from attlas.errors import AttlasError
 from attlas.lab import build, speed
 from attlas.lab.measure import Thunk, machine_stamp, time_interleaved
 from attlas.lab.mechanisms import Mechanism
@@ -225,7 +224,7 @@ def works(call: Callable[[], object]) -> bool:
     """Whether a call goes through. One that does not is left out of the calibration; its trial will say why."""
     try:
         call()
-    except (AttlasError, RuntimeError):
+    except Exception:
         return False
     return True
 

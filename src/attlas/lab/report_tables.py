@@ -35,16 +35,16 @@ def summary(results: Results, style: Style) -> str:
     length = f"at {rows[0]['length']:,}" if rows and rows[0]["length"] else ""
     held = next((f"layer at {r['cache_length']:,}" for r in rows if r["cache_length"]), "")
     columns = [
-        Column("bits_per_byte", "Bits per byte", "± window error", _bits, "min"),
-        Column("bits_to_causal", "to causal", "bits", _gap),
+        Column("bits_per_byte", "Bits", "per byte", lambda r: units.fixed(r["bits_per_byte"]), "min"),
+        Column("bits_to_causal", "to causal", "± over windows", _gap),
         Column("recall", "Recall", "queries", lambda r: units.percent(r["recall"], 0), "max", True),
         Column(
             "train_tokens_per_second", "Training", "tokens/s", lambda r: units.count(r["train_tokens_per_second"]), "max", True
         ),
         Column("prefill_seconds", "Prefill", length, _timed("prefill"), "min", True),
         Column("train_seconds", "Train step", length, _timed("train"), "min", True),
-        Column("decode_seconds", "Decode", f"per token {length}", _timed("decode"), "min", True),
-        Column("train_peak_bytes", "Peak memory", f"train {length}", lambda r: units.nbytes(r["train_peak_bytes"]), "min", True),
+        Column("decode_seconds", "Decode", f"a token {length}", _timed("decode"), "min", True),
+        Column("train_peak_bytes", "Peak memory", length, lambda r: units.nbytes(r["train_peak_bytes"]), "min", True),
         Column("cache_bytes", "Cache", held, lambda r: units.nbytes(r["cache_bytes"]), "min", True),
         Column("parameters", "Weights", "model", lambda r: units.count(r["parameters"])),
     ]
@@ -55,13 +55,6 @@ def summary(results: Results, style: Style) -> str:
 
 def _rate(r: Row) -> str:
     return units.count(r["train_tokens_per_second"])
-
-
-def _bits(r: Row) -> str:
-    if r["bits_per_byte"] is None:
-        return units.DASH
-    error = f" <small>±{r['bits_error']:.3f}</small>" if r["bits_error"] is not None else ""
-    return f"{r['bits_per_byte']:.3f}{error}"
 
 
 def _gap(r: Row) -> str:
@@ -123,8 +116,10 @@ def table(rows: Sequence[Row], columns: Sequence[Column], caption: str, style: S
         title = f'<th scope="row" data-v="{name}"><span>{mark(r["mechanism"], style)}{name}</span></th>'
         body.append(f'<tr data-label="{name}">{title}{cells}</tr>')
     first = '<th scope="col" aria-sort="none"><button type="button"><span>Mechanism</span></button></th>'
-    inner = f"<caption>{escape(caption)}</caption><thead><tr>{first}{heads}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table class="sortable">{inner}</table></div>'
+    unseen = f'<caption class="unseen">{escape(caption)}</caption>'
+    inner = f"{unseen}<thead><tr>{first}{heads}</tr></thead><tbody>{''.join(body)}</tbody>"
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table class="sortable">{inner}</table></div>'
+    return f'{scroll}<p class="hint under" aria-hidden="true">{escape(caption)}</p>'
 
 
 def _cell(r: Row, c: Column, values: list[float]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attlas.errors import AttlasError, UnsupportedError
+from attlas.errors import UnsupportedError
 from attlas.lab.measure import Thunk, peak_allocated, time_interleaved
 from attlas.lab.mechanisms import Mechanism
 from attlas.nn.mixer import Mixer
@@ -116,7 +116,7 @@ def _operations(layer: Layer, length: int) -> tuple[dict[str, Thunk], str | None
         found = {"prefill": layer.prefill, "train": layer.train, "decode": layer.decoder(REPEATS + 2)}
         found["train"]()
         found["decode"]()
-    except (AttlasError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         return {}, f"at length {length}: {type(error).__name__}: {error}"
     return found, None
 

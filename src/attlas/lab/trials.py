@@ -17,7 +17,7 @@ from attlas.lab.options import CompareOptions
 from attlas.lab.plan import RECALL_CHECK, RECALL_EXAMPLES, WINDOWS, Plan, Training, stepper
 from attlas.lab.store import key_of
 from attlas.lab.tasks.text import Corpus
-from attlas.lab.train import Recipe, held_out_bits, held_out_recall, recall_loss, text_loss, train
+from attlas.lab.train import Diverged, Recipe, held_out_bits, held_out_recall, recall_loss, text_loss, train
 
 ENOUGH = 0.99
 Ticker = Callable[[float, str], None]  # fraction of the trial, a word on how it goes
@@ -106,6 +106,8 @@ class Trials:
             loss = text_loss(model, corpus, recipe.batch, o.context, recipe.seed, o.device)
             done = train(model, recipe, loss, tick=lambda at, of, nats: tick(0.95 * at / of, f"{nats / math.log(2):.2f} bits"))
             held = held_out_bits(model, corpus, WINDOWS, o.context, o.device)
+            if not math.isfinite(held.bits):
+                raise Diverged(f"the held-out loss is {held.bits}")
             per_step = recipe.batch * o.context
             return {
                 "label": m.label,

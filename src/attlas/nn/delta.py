@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
 from attlas.nn.recurrent import GatedNorm, RecurrentMixer, Rows, ShortConv, States, l2_normalise, scan_flops
-from attlas.ops.scan import scan
-from attlas.shapes import AuxRequest
 
 
 class DeltaNet(RecurrentMixer):
@@ -57,11 +55,8 @@ class DeltaNet(RecurrentMixer):
         qkv, tail = self.conv(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1), states[1], rows)
         q, k, v = F.silu(qkv).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         beta = self.beta_proj(x).sigmoid() * (2 if self.negative else 1)
-        out, aux = scan(
-            l2_normalise(q), rows.mask(l2_normalise(k)), rows.mask(v), delta=rows.mask(beta), initial_state=states[0], **self.how,
-            return_aux=AuxRequest(state=True),
-        )  # fmt: skip
-        return self.o_proj(self.norm(out).flatten(-2)), (aux.state, tail)
+        out, state = self.recur(l2_normalise(q), rows.mask(l2_normalise(k)), rows.mask(v), states[0], delta=rows.mask(beta))
+        return self.o_proj(self.norm(out).flatten(-2)), (state, tail)
 
     def flops(self, seq_len: int) -> int:
         inner = self.num_heads * self.head_dim
@@ -73,9 +68,11 @@ class DeltaNet(RecurrentMixer):
 
 
 class GatedDeltaNet(RecurrentMixer):
-    """S_t = alpha_t (S_{t-1} - beta_t k_t (k_t^T S_{t-1})) + beta_t k_t v_t^T,   y_t = o( norm_h(S_t^T q_t / sqrt(K)) * silu(z_t) )
+    """S_t = alpha_t (S_{t-1} - beta_t k_t (k_t^T S_{t-1})) + beta_t k_t v_t^T,   y_t = o( norm_h(S_t^T q_t / sqrt(K)) *
+    silu(z_t) )
 
-    alpha_t = exp(-exp(A) softplus(W_a x_t + dt_bias)) and beta_t = sigmoid(W_b x_t), per value head; q, k, v pass one short causal
+    alpha_t = exp(-exp(A) softplus(W_a x_t + dt_bias)) and beta_t = sigmoid(W_b x_t), per value head; q, k, v pass one short
+    causal
     convolution and silu; q and k are brought to length 1. Value head h reads key head h // (num_heads / num_key_heads).
 
     num_heads       value heads (they carry the state);  num_key_heads  None = num_heads
@@ -98,7 +95,10 @@ class GatedDeltaNet(RecurrentMixer):
         eps: float = 1e-6,
     ) -> None:
         super().__init__(dim)
-        call = f"GatedDeltaNet(dim={dim}, num_heads={num_heads}, num_key_heads={num_key_heads}, head_dim={head_dim}, conv_width={conv_width})"
+        call = (
+            f"GatedDeltaNet(dim={dim}, num_heads={num_heads}, num_key_heads={num_key_heads}, "
+            f"head_dim={head_dim}, conv_width={conv_width})"
+        )
         self.num_key_heads, self.head_dim = check_heads(call, dim, num_heads, num_key_heads, head_dim)
         if conv_width < 1 or (head_dim_v is not None and head_dim_v < 1):
             raise OptionError(f"{call}: conv_width and head_dim_v must be at least 1")
@@ -125,12 +125,11 @@ class GatedDeltaNet(RecurrentMixer):
         q, k = (l2_normalise(part).repeat_interleave(self.num_heads // self.num_key_heads, -2) for part in (q, k))
         wide = states[0].dtype
         log_decay = -self.log_rate.to(wide).exp() * F.softplus(self.decay_proj(x).to(wide) + self.dt_bias.to(wide))
-        out, aux = scan(
-            q, rows.mask(k), rows.mask(v), log_decay=rows.mask(log_decay), delta=rows.mask(self.beta_proj(x).sigmoid()),
-            initial_state=states[0], **self.how, return_aux=AuxRequest(state=True),
-        )  # fmt: skip
+        out, state = self.recur(
+            q, rows.mask(k), rows.mask(v), states[0], log_decay=rows.mask(log_decay), delta=rows.mask(self.beta_proj(x).sigmoid())
+        )
         z = self.z_proj(x).unflatten(-1, (self.num_heads, -1))
-        return self.o_proj(self.norm(out, z).flatten(-2)), (aux.state, tail)
+        return self.o_proj(self.norm(out, z).flatten(-2)), (state, tail)
 
     def flops(self, seq_len: int) -> int:
         value = self.num_heads * self.head_dim_v
@@ -143,5 +142,6 @@ class GatedDeltaNet(RecurrentMixer):
 
 
 def delta_flops(seq_len: int, heads: int, dim_k: int, dim_v: int) -> int:
-    """Useful flops of the delta recurrence: read under k, write k v^T, read q; one multiply-add each per state element and token."""
+    """Useful flops of the delta recurrence: read under k, write k v^T, read q; one multiply-add each per state element and
+    token."""
     return scan_flops(seq_len, heads, dim_k, dim_v) * 3 // 2

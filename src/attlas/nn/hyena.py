@@ -19,7 +19,8 @@ from attlas.shapes import SeqInfo
 
 
 class ImplicitFilter(nn.Module):
-    """h_c(t) = network(features of t)_c * exp(-|delta_c| t / max_len) for t = 0 ... max_len - 1: taps that cost no parameter per tap.
+    """h_c(t) = network(features of t)_c * exp(-|delta_c| t / max_len) for t = 0 ... max_len - 1: taps that cost no parameter per
+    tap.
 
     The features of t are t / max_len and `bands` cosines and sines; the network has sine activations of one learned frequency."""
 
@@ -49,11 +50,14 @@ class ImplicitFilter(nn.Module):
 
 
 class Hyena(Mixer):
-    """x_0, ..., x_{N-1}, v = shortconv(W x);  v <- h_i * (v x_i) + D_i v x_i  for i = N-1 ... 1;  y = o(v x_0)     (* = convolution)
+    """x_0, ..., x_{N-1}, v = shortconv(W x);  v <- h_i * (v x_i) + D_i v x_i  for i = N-1 ... 1;  y = o(v x_0)     (* =
+    convolution)
 
     order          N >= 2: N - 1 long convolutions, N gates
-    max_len        longest sequence: the filters are made for it;  filter_width  of their network;  filter_bands  of their features
-    Cost O(N T log T dim). Decoding keeps the inputs of every long convolution, (N - 1) dim numbers per token, and takes O(T) per token:
+    max_len        longest sequence: the filters are made for it;  filter_width  of their network;  filter_bands  of their
+                   features
+    Cost O(N T log T dim). Decoding keeps the inputs of every long convolution, (N - 1) dim numbers per token, and takes O(T) per
+    token:
     there is no state of fixed size.   Source: Poli et al. 2023, arXiv 2302.10866.
     """
 
@@ -114,9 +118,9 @@ class Hyena(Mixer):
     def _rows(self, x: Tensor, tail: Tensor, rows: Rows, past: list[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, T, dim] -> (y, next tail, inputs of the long convolutions [N, T, (order - 1) dim])."""
         longest = x.shape[1] + max((len(p) for p in past), default=0) if past is not None else x.shape[1]
-        if longest > self.max_len:
+        if longest > self.filter.max_len:
             raise UnsupportedError(
-                f"{self}: a sequence of {longest} tokens is longer than max_len {self.max_len}, which the filters cover"
+                f"{self}: a sequence of {longest} tokens is longer than max_len {self.filter.max_len}, which the filters cover"
             )
         projected, tail = self.conv(self.in_proj(x), tail, rows)
         *gates, v = projected.split(self.dim, -1)
@@ -143,8 +147,7 @@ class Hyena(Mixer):
     def flops(self, seq_len: int) -> int:
         transform = 2.5 * 2 * seq_len * math.log2(max(2 * seq_len, 2))  # a real one of length 2T, by the usual count
         convolution = min(int(3 * transform + 6 * seq_len), seq_len**2)
-        layer, width = self.filter.layers, self.filter.last
-        filters = seq_len * 2 * (sum(m.weight.numel() for m in layer) + width.weight.numel())
+        filters = seq_len * 2 * sum(p.numel() for p in self.filter.parameters() if p.dim() == 2)
         return seq_len * 2 * self.dim**2 * (self.order + 2) + filters + (self.order - 1) * self.dim * convolution
 
     def extra_repr(self) -> str:

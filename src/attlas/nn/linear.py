@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
 from attlas.nn.recurrent import RecurrentMixer, Rows, States, scan_flops
-from attlas.ops.scan import scan
-from attlas.shapes import AuxRequest
 
 LARGEST_FEATURE = 40.0  # log of the largest key feature: a sum of a million of them stays inside fp32
 
@@ -57,8 +55,8 @@ class LinearTransformer(RecurrentMixer):
         v = rows.mask(v).to(q.dtype)
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # the column of ones sums phi(k): the denominator
         if self.causal:
-            out, aux = scan(q, k, v, initial_state=states[0], scale=1.0, **self.how, return_aux=AuxRequest(state=True))
-            states = (aux.state,)
+            out, state = self.recur(q, k, v, states[0], scale=1.0)
+            states = (state,)
         else:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             total = torch.einsum("nthk,nthv->nhkv", k.to(wide), v.to(wide))
@@ -83,7 +81,8 @@ class Performer(LinearTransformer):
                    with x scaled by d^-1/4 and rows w drawn from N(0, I), orthogonal in blocks of d
     seed           of the draw; `redraw(seed)` draws anew (between sequences: a state belongs to one draw)
 
-    The shift that keeps exp() in range is a constant of the draw for keys (w x - |x|^2 / 2 is at most |w|^2 / 2) and per token for
+    The shift that keeps exp() in range is a constant of the draw for keys (w x - |x|^2 / 2 is at most |w|^2 / 2) and per token
+    for
     queries, where it cancels in the division: nothing looks at later tokens, unlike a maximum over all keys.
     Source: Choromanski et al. 2020, arXiv 2009.14794; Rahimi and Recht 2007 for the trigonometric features.
     """
@@ -107,7 +106,8 @@ class Performer(LinearTransformer):
         super().__init__(dim, num_heads, head_dim=head_dim, causal=causal, eps=eps)
         if features_kind not in ("positive", "trigonometric") or (num_features is not None and num_features < 1):
             raise OptionError(
-                f"Performer(features_kind={features_kind!r}, num_features={num_features}): the kind is 'positive' or 'trigonometric', "
+                f"Performer(features_kind={features_kind!r}, num_features={num_features}): the kind is "
+                f"'positive' or 'trigonometric', "
                 "num_features at least 1"
             )
         self.features_kind = features_kind
@@ -141,7 +141,8 @@ class Performer(LinearTransformer):
 
 
 def orthogonal_gaussian(rows: int, width: int, seed: int) -> Tensor:
-    """[rows, width] with N(0, I) rows that are orthogonal within blocks of `width`: directions from QR, lengths of fresh Gaussians.
+    """[rows, width] with N(0, I) rows that are orthogonal within blocks of `width`: directions from QR, lengths of fresh
+    Gaussians.
 
     The signs of R's diagonal go to Q: without them the directions that QR returns are not uniform, and the estimate is biased."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,14 +10,13 @@ from torch.nn import functional as F
 
 from attlas.errors import OptionError
 from attlas.nn.recurrent import GatedNorm, RecurrentMixer, Rows, ShortConv, States, scan_flops
-from attlas.ops.scan import scan
-from attlas.shapes import AuxRequest
 
 
 class Mamba2(RecurrentMixer):
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T,   y_t = o( norm( (h_t^T C_t + skip x_t) * silu(z_t) ) )
 
-    [z | x, B, C | dt] are one projection of the input; x, B, C pass a short causal convolution and silu; dt = softplus(dt + dt_bias) and
+    [z | x, B, C | dt] are one projection of the input; x, B, C pass a short causal convolution and silu; dt = softplus(dt +
+    dt_bias) and
     A = -exp(log_rate), one per head. B (the key) and C (the query) are shared by the heads of a group.
 
     num_heads    heads of the expanded width;   expand  inner width over dim
@@ -75,18 +74,25 @@ class Mamba2(RecurrentMixer):
         )
         wide = states[0].dtype
         step = rows.mask(F.softplus(dt.to(wide) + self.dt_bias.to(wide)))
-        out, aux = scan(
-            query.to(wide), key.to(wide), step[..., None] * value, log_decay=-self.log_rate.to(wide).exp() * step, initial_state=states[0],
-            scale=1.0, **self.how, return_aux=AuxRequest(state=True),
-        )  # fmt: skip
+        out, state = self.recur(
+            query.to(wide),
+            key.to(wide),
+            step[..., None] * value,
+            states[0],
+            log_decay=-self.log_rate.to(wide).exp() * step,
+            scale=1.0,
+        )
         y = (out + self.skip.to(wide)[:, None] * value).to(x.dtype).flatten(-2)
         groups = (self.num_groups, -1)
         y = self.norm(y.unflatten(-1, groups), z.unflatten(-1, groups)).flatten(-2) * self.norm_weight
-        return self.o_proj(y), (aux.state, tail)
+        return self.o_proj(y), (state, tail)
 
     def flops(self, seq_len: int) -> int:
         projections = 2 * self.dim * (self.in_proj.out_features + self.inner)
         return seq_len * projections + scan_flops(seq_len, self.num_heads, self.state_dim, self.inner // self.num_heads)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_heads={self.num_heads}, state_dim={self.state_dim}, inner={self.inner}, num_groups={self.num_groups}"
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, state_dim={self.state_dim}, inner={self.inner}, "
+            f"num_groups={self.num_groups}"
+        )

@@ -1,4 +1,5 @@
-"""What mixers with a state of fixed size share: one forward for training, prefill and decode, over rows that may be padded at the end."""
+"""What mixers with a state of fixed size share: one forward for training, prefill and decode, over rows that may be padded at
+the end."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from attlas.cache.part import PartSpec
 from attlas.cache.state import StatePart
 from attlas.nn.mixer import Mixer
 from attlas.ops.long_conv import short_conv
-from attlas.ops.scan import pad_packed, unpad_packed
-from attlas.shapes import SeqInfo
+from attlas.ops.scan import pad_packed, scan, unpad_packed
+from attlas.shapes import AuxRequest, SeqInfo
 
 States = tuple[Tensor, ...]
 
@@ -55,10 +56,26 @@ class RecurrentMixer(Mixer):
     causal = True
     uses_positions = False
 
-    @property
-    def how(self) -> dict[str, str]:
-        """The `form` and `impl` of ops.scan that `use` has chosen; "reference" is the quadratic form, brute force."""
-        return {"form": "parallel" if self.impl == "reference" else "auto", "impl": self.impl}
+    def recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor,
+        *,
+        log_decay: Tensor | None = None,
+        delta: Tensor | tuple[Tensor, Tensor] | None = None,
+        bonus: Tensor | None = None,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`ops.scan` from `state`, as `use` has chosen ("reference" is the quadratic form, brute force) -> (out, state after)."""
+        form = "parallel" if self.impl == "reference" else "auto"
+        out, aux = scan(
+            q, k, v, log_decay=log_decay, delta=delta, bonus=bonus, initial_state=state, scale=scale, form=form, impl=self.impl,
+            return_aux=AuxRequest(state=True),
+        )  # fmt: skip
+        assert aux.state is not None
+        return out, aux.state
 
     @abstractmethod
     def state_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -113,7 +130,8 @@ class ShortConv(nn.Module):
 
 
 class GatedNorm(nn.Module):
-    """RMS norm over the last dimension, then (or before) a silu gate: norm(x) * silu(z), or norm(x * silu(z)) with `gate_first`."""
+    """RMS norm over the last dimension, then (or before) a silu gate: norm(x) * silu(z), or norm(x * silu(z)) with
+    `gate_first`."""
 
     def __init__(self, width: int, eps: float = 1e-6, *, affine: bool = True, gate_first: bool = False) -> None:
         super().__init__()

@@ -9,15 +9,14 @@ from torch.nn import functional as F
 from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
 from attlas.nn.recurrent import GatedNorm, RecurrentMixer, Rows, States, scan_flops
-from attlas.ops.scan import scan
 from attlas.positions.rotation import rotate
-from attlas.shapes import AuxRequest
 
 
 class Retention(RecurrentMixer):
     """S_t = gamma_h S_{t-1} + k_t v_t^T,  y_t = o( norm_h(S_t^T q_t) * silu(g(x_t)) ),  gamma_h = 1 - 2^(-5-h)
 
-    q and k are rotated by angles 10000^(-i / (K/2 - 1)), i = 0 ... K/2 - 1 (both ends included), in neighbouring pairs; k is scaled by
+    q and k are rotated by angles 10000^(-i / (K/2 - 1)), i = 0 ... K/2 - 1 (both ends included), in neighbouring pairs; k is
+    scaled by
     K^-1/2; norm_h is an RMS norm over each head without weights.
 
     expand_v   width of all value heads over dim (the paper's 2)
@@ -59,17 +58,9 @@ class Retention(RecurrentMixer):
         q, k = (rotate(p(x).unflatten(-1, (self.num_heads, -1)), cos, sin, interleaved=True) for p in (self.q_proj, self.k_proj))
         v = self.v_proj(x).unflatten(-1, (self.num_heads, -1))
         decay = self.log_decay(x.device, states[0].dtype).expand(*q.shape[:3])
-        out, aux = scan(
-            q,
-            rows.mask(k),
-            rows.mask(v),
-            log_decay=rows.mask(decay),
-            initial_state=states[0],
-            **self.how,
-            return_aux=AuxRequest(state=True),
-        )
+        out, state = self.recur(q, rows.mask(k), rows.mask(v), states[0], log_decay=rows.mask(decay))
         y = self.norm(out).flatten(-2) * F.silu(self.g_proj(x))
-        return self.o_proj(y), (aux.state,)
+        return self.o_proj(y), (state,)
 
     def flops(self, seq_len: int) -> int:
         value = self.num_heads * self.head_dim_v
@@ -106,7 +97,10 @@ class GatedLinearAttention(RecurrentMixer):
     ) -> None:
         super().__init__(dim)
         key, value = round(dim * expand_k), round(dim * expand_v)
-        call = f"GatedLinearAttention(dim={dim}, num_heads={num_heads}, expand_k={expand_k}, expand_v={expand_v}, gate_rank={gate_rank})"
+        call = (
+            f"GatedLinearAttention(dim={dim}, num_heads={num_heads}, expand_k={expand_k}, expand_v={expand_v}, "
+            f"gate_rank={gate_rank})"
+        )
         if (
             num_heads < 1
             or min(key, value) < num_heads
@@ -133,11 +127,8 @@ class GatedLinearAttention(RecurrentMixer):
         q, k, v, z = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj, self.g_proj))
         gate = self.gate_up(self.gate_down(x)).unflatten(-1, (self.num_heads, -1)).to(states[0].dtype)
         log_decay = F.logsigmoid(gate) / self.gate_normaliser
-        out, aux = scan(
-            q, rows.mask(k), rows.mask(v), log_decay=rows.mask(log_decay), initial_state=states[0], **self.how,
-            return_aux=AuxRequest(state=True),
-        )  # fmt: skip
-        return self.o_proj(self.norm(out, z).flatten(-2)), (aux.state,)
+        out, state = self.recur(q, rows.mask(k), rows.mask(v), states[0], log_decay=rows.mask(log_decay))
+        return self.o_proj(self.norm(out, z).flatten(-2)), (state,)
 
     def flops(self, seq_len: int) -> int:
         key, value, rank = self.num_heads * self.head_dim, self.num_heads * self.head_dim_v, self.gate_down.out_features

@@ -12,8 +12,6 @@ from attlas.errors import OptionError, UnsupportedError
 from attlas.kernels.blocked.wkv import wkv
 from attlas.nn.attention import check_heads
 from attlas.nn.recurrent import RecurrentMixer, Rows, States, scan_flops
-from attlas.ops.scan import scan
-from attlas.shapes import AuxRequest
 
 
 def shift(x: Tensor, tail: Tensor) -> Tensor:
@@ -119,9 +117,11 @@ class _MatrixRwkv(RecurrentMixer):
 
 
 class Rwkv6(_MatrixRwkv):
-    """S_t = Diag(w_t) S_{t-1} + k_t v_t^T,   y_t = o( norm_h((S_{t-1} + Diag(u) k_t v_t^T)^T r_t) * silu(g_t) ),   w_t = exp(-exp(d_t))
+    """S_t = Diag(w_t) S_{t-1} + k_t v_t^T,   y_t = o( norm_h((S_{t-1} + Diag(u) k_t v_t^T)^T r_t) * silu(g_t) ),   w_t =
+    exp(-exp(d_t))
 
-    r, k, v, g and the decay d_t are read from x_t + (x_{t-1} - x_t) * m_t, where each m_t depends on the token (low rank mix_rank);
+    r, k, v, g and the decay d_t are read from x_t + (x_{t-1} - x_t) * m_t, where each m_t depends on the token (low rank
+    mix_rank);
     d_t = decay + tanh(x A) B with rank decay_rank.
     State: H x K x K in fp32 and one token. Cost O(T K^2) per head.   Source: Peng et al. 2024, arXiv 2404.05892.
     """
@@ -149,12 +149,16 @@ class Rwkv6(_MatrixRwkv):
         xw, xk, xv, xr, xg = (x[:, :, None] + back[:, :, None] * mixes).unbind(2)
         wide = states[0].dtype
         decay = (self.decay + torch.tanh(xw @ self.decay_down) @ self.decay_up).to(wide)
-        out, aux = scan(
-            self._heads(self.r_proj(xr)), rows.mask(self._heads(self.k_proj(xk))), self._heads(self.v_proj(xv)),
-            log_decay=rows.mask(self._heads(-decay.exp())), bonus=self.bonus, initial_state=states[0], scale=1.0, **self.how,
-            return_aux=AuxRequest(state=True),
-        )  # fmt: skip
-        return self.o_proj(self._normed(out) * F.silu(self.g_proj(xg))), (aux.state, rows.last(x, states[1]))
+        out, state = self.recur(
+            self._heads(self.r_proj(xr)),
+            rows.mask(self._heads(self.k_proj(xk))),
+            self._heads(self.v_proj(xv)),
+            states[0],
+            log_decay=rows.mask(self._heads(-decay.exp())),
+            bonus=self.bonus,
+            scale=1.0,
+        )
+        return self.o_proj(self._normed(out) * F.silu(self.g_proj(xg))), (state, rows.last(x, states[1]))
 
     def flops(self, seq_len: int) -> int:
         low = 2 * (2 * self.mix_down.numel() + 2 * self.decay_down.numel())
@@ -162,11 +166,14 @@ class Rwkv6(_MatrixRwkv):
 
 
 class Rwkv7(_MatrixRwkv):
-    """S_t = Diag(w_t) S_{t-1} - (kk_t * a_t) (kk_t^T S_{t-1}) + k_t v_t^T,   y_t = o( (norm_h(S_t^T r_t) + (r_t . k_t r_k) v_t) * g_t )
+    """S_t = Diag(w_t) S_{t-1} - (kk_t * a_t) (kk_t^T S_{t-1}) + k_t v_t^T,   y_t = o( (norm_h(S_t^T r_t) + (r_t . k_t r_k) v_t)
+    * g_t )
 
-    kk = k * k_k brought to length 1 per head; w = exp(-e^-1/2 sigmoid(.)); a = sigmoid(.), the rate at which kk is erased from the
+    kk = k * k_k brought to length 1 per head; w = exp(-e^-1/2 sigmoid(.)); a = sigmoid(.), the rate at which kk is erased from
+    the
     undecayed state; k <- k (1 + (a - 1) k_a). Decay, a and g are low rank functions of their shifted inputs.
-    State: H x K x K in fp32 and one token. Cost O(T (C + K) K) per head in chunks of C.   Source: Peng et al. 2025, arXiv 2503.14456.
+    State: H x K x K in fp32 and one token. Cost O(T (C + K) K) per head in chunks of C.   Source: Peng et al. 2025, arXiv
+    2503.14456.
     """
 
     name = "rwkv7"
@@ -196,13 +203,18 @@ class Rwkv7(_MatrixRwkv):
         erased = rows.mask(F.normalize(self._heads(k * self.k_k), dim=-1, eps=1e-12))
         k = rows.mask(k * (1 + (rate - 1) * self.k_a))
         r, k, v = self._heads(self.r_proj(xr)), self._heads(k), self._heads(self.v_proj(xv))
-        out, aux = scan(
-            r, k, v, log_decay=rows.mask(self._heads(log_decay)), delta=(-erased, erased * self._heads(rate)), initial_state=states[0],
-            scale=1.0, **self.how, return_aux=AuxRequest(state=True),
-        )  # fmt: skip
+        out, state = self.recur(
+            r,
+            k,
+            v,
+            states[0],
+            log_decay=rows.mask(self._heads(log_decay)),
+            delta=(-erased, erased * self._heads(rate)),
+            scale=1.0,
+        )
         y = self._normed(out) + ((r * k * self.r_k).sum(-1, keepdim=True) * v).flatten(-2)
         gate = torch.sigmoid(xg @ self.gate_down) @ self.gate_up
-        return self.o_proj(y * gate), (aux.state, rows.last(x, states[1]))
+        return self.o_proj(y * gate), (state, rows.last(x, states[1]))
 
     def flops(self, seq_len: int) -> int:
         low = 4 * (self.decay_down.numel() + self.rate_down.numel() + self.gate_down.numel())

@@ -14,13 +14,18 @@ def long_conv(u: Tensor, kernel: Tensor, *, bidirectional: bool = False) -> Tens
     """y[b, t, c] = sum_{s <= t} kernel[c, t - s] u[b, s, c], in O(T log T).
 
     Shapes   u [B, T, C], kernel [C, L] -> [B, T, C]; taps past T are unused, missing taps are 0.
-             bidirectional: kernel [C, 2, L] = (past taps 0 ... L-1, future taps 1 ... L); y adds sum_{s > t} kernel[c, 1, s - t - 1] u[b, s, c].
-    Numerics fp32 (fp64 for fp64 inputs), out in u's dtype; transforms of length >= 2T, so nothing wraps round from the end to the start.
+             bidirectional: kernel [C, 2, L] = (past taps 0 ... L-1, future taps 1 ... L); y adds sum_{s > t} kernel[c, 1, s - t
+             - 1] u[b, s, c].
+    Numerics fp32 (fp64 for fp64 inputs), out in u's dtype; transforms of length >= 2T, so nothing wraps round from the end to
+    the start.
     Source   Poli et al. 2023, Hyena (arXiv 2302.10866).
     """
     want = 3 if bidirectional else 2
     if u.dim() != 3 or kernel.dim() != want or kernel.shape[0] != u.shape[2] or (bidirectional and kernel.shape[1] != 2):
-        raise ShapeError(f"long_conv: u [B, T, C], kernel {'[C, 2, L]' if bidirectional else '[C, L]'} expected; got {describe(u=u, kernel=kernel)}")
+        raise ShapeError(
+            f"long_conv: u [B, T, C], kernel {'[C, 2, L]' if bidirectional else '[C, L]'} expected; got "
+            f"{describe(u=u, kernel=kernel)}"
+        )
     length = u.shape[1]
     if u.numel() == 0:
         return u
@@ -60,5 +65,5 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: T
         raise ShapeError(f"short_conv: tail must be [B, W - 1, C]; got {describe(x=x, weight=weight, tail=tail)}")
     padded = torch.cat([tail.to(x.dtype), x], 1)
     length = x.shape[1]
-    out = sum(padded[:, i : i + length] * weight[:, i] for i in range(width))
+    out = torch.stack([padded[:, i : i + length] * weight[:, i] for i in range(width)]).sum(0)
     return out if bias is None else out + bias

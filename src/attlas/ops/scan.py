@@ -22,7 +22,8 @@ FEW_TOKENS = 4  # up to here "auto" goes token by token
 
 @dataclass(frozen=True)
 class ScanCall:
-    """A validated call: q, k [B, T, H, K], v [B, T, H, V], initial_state [B, H, K, V] in the computing dtype; log_decay None, [B, T, H, 1] or
+    """A validated call: q, k [B, T, H, K], v [B, T, H, V], initial_state [B, H, K, V] in the computing dtype; log_decay None,
+    [B, T, H, 1] or
     [B, T, H, K]; (a, b) the low-rank transition or None."""
 
     q: Tensor
@@ -69,9 +70,17 @@ def _blocked_supports(call: ScanCall) -> str | None:
 def _blocked_run(call: ScanCall) -> Result:
     a, b = call.low_rank or (None, None)
     return chunk_scan(
-        call.q, call.k, call.v, log_decay=call.log_decay, a=a, b=b, bonus=call.bonus, initial_state=call.initial_state, scale=call.scale,
+        call.q,
+        call.k,
+        call.v,
+        log_decay=call.log_decay,
+        a=a,
+        b=b,
+        bonus=call.bonus,
+        initial_state=call.initial_state,
+        scale=call.scale,
         chunk_size=CHUNK,
-    )  # fmt: skip
+    )
 
 
 def _reference_supports(call: ScanCall) -> str | None:
@@ -82,7 +91,9 @@ def _reference_run(call: ScanCall) -> Result:
     a, b = call.low_rank or (None, None)
     decay = torch.zeros_like(call.k) if call.log_decay is None else call.log_decay.expand_as(call.k)
     run = scan_parallel if call.form == "parallel" else scan_recurrent
-    return run(call.q, call.k, call.v, log_decay=decay, a=a, b=b, bonus=call.bonus, initial_state=call.initial_state, scale=call.scale)
+    return run(
+        call.q, call.k, call.v, log_decay=decay, a=a, b=b, bonus=call.bonus, initial_state=call.initial_state, scale=call.scale
+    )
 
 
 IMPLS = (
@@ -93,7 +104,7 @@ IMPLS = (
 
 
 def choose(call: ScanCall, impl: str) -> ScanImpl:
-    """"auto": the first that supports the call. A name is taken at its word: it runs, or UnsupportedError says why not."""
+    """ "auto": the first that supports the call. A name is taken at its word: it runs, or UnsupportedError says why not."""
     if impl == "auto":
         return next(candidate for candidate in IMPLS if candidate.supports(call) is None)
     for candidate in IMPLS:
@@ -124,19 +135,23 @@ def scan(
 
         S_t = Diag(exp(log_decay_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,    o_t = scale * S_t^T q_t
 
-    Shapes      q, k [B, T, H, K], v [B, T, H, V] -> [B, T, H, V]; packed with seq=SeqInfo(...): drop B, every sequence starts from its own
+    Shapes      q, k [B, T, H, K], v [B, T, H, V] -> [B, T, H, V]; packed with seq=SeqInfo(...): drop B, every sequence starts
+                from its own
                 row of `initial_state` (or zero).
-    log_decay   natural log, <= 0, per token (not cumulative): [H] (constant), [B, T, H] or per channel [B, T, H, K]; None = no decay.
+    log_decay   natural log, <= 0, per token (not cumulative): [H] (constant), [B, T, H] or per channel [B, T, H, K]; None = no
+                decay.
     delta       beta [B, T, H]: delta rule on the decayed state, S <- D S - beta k (k^T D S) + beta k v^T; or (a, b), each
                 [B, T, H, K]: any rank-one transition of the undecayed state (RWKV-7).
     bonus       [H, K]: read before write, o_t = scale * (S_{t-1} + Diag(bonus) k_t v_t^T)^T q_t (RWKV-6).
     initial_state  [B, H, K, V] (packed: [N, H, K, V]); `return_aux=AuxRequest(state=True)` also returns `Aux(state=final state)`.
     scale       None = 1 / sqrt(K).
-    form        "recurrent" (token by token), "chunk" (training, prefill), "parallel" (quadratic, for short inputs), or "auto": recurrent
+    form        "recurrent" (token by token), "chunk" (training, prefill), "parallel" (quadratic, for short inputs), or "auto":
+                recurrent
                 up to 4 tokens, else chunk. All give the same numbers up to rounding. impl says who computes it: "cpu" (compiled,
                 chunk form without delta and bonus), "blocked" (torch, chunk form), "reference" (the other two forms); an explicit
                 one runs or raises UnsupportedError.
-    Numerics    computed and accumulated in fp32 (fp64 for fp64 inputs), state in that dtype, out in q's dtype. Decay is never factored
+    Numerics    computed and accumulated in fp32 (fp64 for fp64 inputs), state in that dtype, out in q's dtype. Decay is never
+                factored
                 outside of log space, so it neither overflows nor underflows at any length.
     Cost        chunk form: time O(T (C + K) V) per head, memory O(T (C + K + V)); one step O(K V).
     Raises      ShapeError, OptionError (both restate the call).
@@ -151,7 +166,9 @@ def scan(
     if initial_state is None:
         initial_state = q.new_zeros(state_shape, dtype=dtype)
     elif tuple(initial_state.shape) != state_shape:
-        raise ShapeError(f"scan: initial_state must be [B, H, K, V] = {list(state_shape)}; got {describe(initial_state=initial_state)}")
+        raise ShapeError(
+            f"scan: initial_state must be [B, H, K, V] = {list(state_shape)}; got {describe(initial_state=initial_state)}"
+        )
     q, k, v, initial_state = (x.to(dtype) for x in (q, k, v, initial_state))
     decay = _expand_decay(log_decay, q, dtype)
     low_rank = None
@@ -178,7 +195,9 @@ def _expand_decay(log_decay: Tensor | None, q: Tensor, dtype: torch.dtype) -> Te
     if log_decay is None:
         return None
     if bool((log_decay > 0).any()):
-        raise OptionError(f"scan: log_decay must be <= 0 (natural log of a factor in (0, 1]); its maximum is {log_decay.max().item():.4g}")
+        raise OptionError(
+            f"scan: log_decay must be <= 0 (natural log of a factor in (0, 1]); its maximum is {log_decay.max().item():.4g}"
+        )
     log_decay = log_decay.to(dtype)
     if log_decay.dim() == 1:
         return log_decay[None, None, :, None].expand(*q.shape[:3], 1)
@@ -235,7 +254,10 @@ def _packed(
 ) -> Tensor | tuple[Tensor, Aux]:
     """Sequences of equal length are one batch; others are padded at the end with tokens that neither decay nor write."""
     if initial_state is not None and initial_state.shape[0] != seq.num_sequences:
-        raise ShapeError(f"scan: initial_state must have one row per sequence ({seq.num_sequences}); got {describe(initial_state=initial_state)}")
+        raise ShapeError(
+            f"scan: initial_state must have one row per sequence ({seq.num_sequences}); got "
+            f"{describe(initial_state=initial_state)}"
+        )
     lengths = seq.lengths
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(q.shape[:-1])
@@ -246,7 +268,8 @@ def _packed(
     form, impl = how
     result = scan(
         pad_packed(q, lengths), pad_packed(k, lengths), pad_packed(v, lengths),
-        log_decay=None if log_decay is None else pad_packed(log_decay, lengths), delta=delta, bonus=bonus, initial_state=initial_state,
+        log_decay=None if log_decay is None else pad_packed(log_decay, lengths), delta=delta, bonus=bonus,
+        initial_state=initial_state,
         scale=scale, form=form, impl=impl, return_aux=AuxRequest(state=True),
     )  # fmt: skip
     out, aux = result

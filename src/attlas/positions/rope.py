@@ -91,6 +91,9 @@ class Rope:
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """attention_factor * cos and sin of the angles of `positions` [..., T]: each [..., T, 1, rotary_dim / 2] in `dtype`."""
+        if positions.device.type == "mps":  # has no fp64
+            cos, sin = self.cos_sin(positions.cpu(), dtype)
+            return cos.to(positions.device), sin.to(positions.device)
         angles = positions[..., None, None].to(torch.float64) * self._frequencies(positions.device)
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:

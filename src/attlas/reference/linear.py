@@ -4,7 +4,8 @@
     o_t = scale * S_t^T q_t                                            or, with a bonus u (read before write),
     o_t = scale * (S_{t-1} + Diag(u) k_t v_t^T)^T q_t
 
-`a, b` are the low-rank part of the transition; the delta rule is a_t = exp(log_decay_t) * k_t, b_t = -beta_t k_t with beta_t k_t written.
+`a, b` are the low-rank part of the transition; the delta rule is a_t = exp(log_decay_t) * k_t, b_t = -beta_t k_t with beta_t k_t
+written.
 Shapes: q k a b [B, T, H, K], v [B, T, H, V], log_decay [B, T, H, K] (natural log, per token), bonus [H, K], state [B, H, K, V].
 """
 

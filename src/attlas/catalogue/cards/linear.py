@@ -17,7 +17,7 @@ CARDS = (
         name="linear-transformer",
         aliases=("linear-attention", "linear"),
         summary="Softmax replaced by a product of positive features, so that all earlier keys are one matrix.",
-        formula="y_t = phi(q_t) S_t / (phi(q_t) . z_t),  S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  phi = elu + 1",
+        formula="y_t = phi(q_t) S_t / (phi(q_t) . z_t),  S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t)",
         paper="Katharopoulos et al., Transformers are RNNs, arXiv:2006.16236",
         year=2020,
         used_by=(),

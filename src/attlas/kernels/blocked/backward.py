@@ -50,7 +50,7 @@ class Backward:
             torch.zeros(t.shape, dtype=dtype, device=t.device) if wanted else None
             for t, wanted in zip(tensors, mod_wanted, strict=True)
         ]
-        self.score = BlockScores(layout, mod, grid, dtype, careful)
+        self.score = BlockScores(layout, mod, grid, scale=self.scale, dtype=dtype, careful=careful)
         for chunk in chunks(self.shape, layout):
             self.score.start_chunk(chunk, self.shape.heads)
             keys, values = chunk.keys(self.k, dtype), chunk.keys(self.v, dtype)
@@ -59,18 +59,17 @@ class Backward:
 
     def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
         dtype, q0, q1 = self.shape.dtype, row.q0, row.q1
-        scaled = chunk.load(self.q, q0, q1, dtype).mul_(self.scale)
-        queries = scaled if self.score.query_factor == 1.0 else scaled * self.score.query_factor
-        top, total = chunk.load(self.stats, q0, q1, dtype).split(1, -1)
+        queries = chunk.rows(self.q, q0, q1, dtype)
+        top, total = chunk.rows(self.stats, q0, q1, dtype).split(1, -1)
         share = (1.0 / total).masked_fill_(total == 0, 0.0)  # rows without keys
         if self.grad_out is None:
             grad = torch.zeros(chunk.units, queries.shape[1], self.v.shape[-1], dtype=dtype, device=queries.device)
             delta = torch.zeros_like(share)
         else:
             grad = chunk.load(self.grad_out, q0, q1, dtype).mul_(share)
-            delta = chunk.load(self.out, q0, q1, dtype).mul_(grad).sum(-1, keepdim=True)
+            delta = (chunk.rows(self.out, q0, q1, dtype) * grad).sum(-1, keepdim=True)
         if self.grad_lse is not None:
-            delta.addcmul_(chunk.load(self.grad_lse, q0, q1, dtype), share, value=-1)
+            delta.addcmul_(chunk.rows(self.grad_lse, q0, q1, dtype), share, value=-1)
         chunk.store(self.delta, q0, q1, delta)
         dq: Tensor | None = None
         for slab in row.slabs:
@@ -79,23 +78,23 @@ class Backward:
             p = s.sub_(top).exp2_()
             ds = torch.bmm(grad, value.transpose(1, 2), out=self.weights.shaped(*s.shape)).sub_(delta)
             if self.score.careful and slab.tiles:
-                dq = self._careful(chunk, row, slab, (scaled, grad, key), (p, ds, raw), dq)
+                dq = self._careful(chunk, row, slab, (queries, grad, key), (p, ds, raw), dq)
                 continue
-            self._add(chunk, slab, self.dv, p, grad)
+            self._add(chunk, slab, self.dv, p, grad, 1.0)
             ds.mul_(p)
             if self.score.mod is not None:
                 ds = self.score.mod_backward(raw, ds, row, slab, self.mod_sums)
-            self._add(chunk, slab, self.dk, ds, scaled)
+            self._add(chunk, slab, self.dk, ds, queries, self.scale)
             dq = torch.bmm(ds, key) if dq is None else dq.baddbmm_(ds, key)
         if dq is None:
             dq = torch.zeros_like(queries)
         chunk.store(self.dq, q0, q1, dq.mul_(self.scale))
 
-    def _add(self, chunk: Chunk, slab: Slab, total: Tensor, weights: Tensor, right: Tensor) -> None:
-        """total[keys of the slab] += weights^T right."""
+    def _add(self, chunk: Chunk, slab: Slab, total: Tensor, weights: Tensor, right: Tensor, factor: float) -> None:
+        """total[keys of the slab] += factor * weights^T right."""
         at = 0
         for a, b in slab.runs:
-            chunk.add_keys(total, a, b, weights[:, :, at : at + b - a].transpose(1, 2), right)
+            chunk.add_keys(total, a, b, weights[:, :, at : at + b - a].transpose(1, 2), right, factor)
             at += b - a
 
     def _careful(
@@ -108,7 +107,7 @@ class Backward:
         dq: Tensor | None,
     ) -> Tensor:
         """The same for a slab with masked pairs where something is not finite: masked pairs are nothing, not zero times it."""
-        (scaled, grad, key), (p, ds, raw) = given, block
+        (queries, grad, key), (p, ds, raw) = given, block
         seen = self.score.seen(row, slab)
         self.score.fill(p, row, slab, 0.0)
         ds.mul_(p)
@@ -117,10 +116,10 @@ class Backward:
             ds = self.score.mod_backward(raw, ds, row, slab, self.mod_sums).contiguous()
             self.score.fill(ds, row, slab, 0.0)
         ((a, b),) = slab.runs
-        for total, weights, right in ((self.dv, p, grad), (self.dk, ds, scaled)):
+        for total, weights, right, factor in ((self.dv, p, grad, 1.0), (self.dk, ds, queries, self.scale)):
             part = masked_product(weights.transpose(1, 2), right, seen.t())
             to = total[chunk.b0 : chunk.b1, a:b, chunk.h0 : chunk.h1].transpose(1, 2)
-            to.add_(part.view(to.shape))
+            to.add_(part.view(to.shape), alpha=factor)
         part = masked_product(ds, key, seen)
         return part if dq is None else dq.add_(part)
 

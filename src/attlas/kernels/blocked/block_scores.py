@@ -35,9 +35,10 @@ class BlockScores:
     careful: mask by selection instead of by adding -inf, so that NaN at a masked pair disappears.
     """
 
-    def __init__(self, layout: Layout, mod: ScoreMod | None, grid: Grid, dtype: torch.dtype, careful: bool):
+    def __init__(self, layout: Layout, mod: ScoreMod | None, grid: Grid, *, scale: float, dtype: torch.dtype, careful: bool):
         self.layout, self.dtype, self.careful = layout, dtype, careful
         self.mod = mod
+        self.factor = scale * LOG2E if mod is None else scale  # a score mod is given natural units
         if mod is not None:
             self.q_pos = grid.q.positions(layout.device)
             self.k_pos = grid.k.positions(layout.device)
@@ -51,11 +52,6 @@ class BlockScores:
         self.chunk_mod = self.mod if self.mod.batch is None else self.mod.rows(chunk.b0, chunk.b1)
         if chunk.a1 - chunk.a0 != heads:
             self.heads = torch.arange(chunk.a0, chunk.a1, device=self.layout.device)
-
-    @property
-    def query_factor(self) -> float:
-        """What queries are multiplied by beside the scale: a score mod needs natural units."""
-        return LOG2E if self.mod is None else 1.0
 
     def keys_of(self, x: Tensor, slab: Slab) -> Tensor:
         """Keys or values [units, Tk, D] of the slab: a view, or a copy when the slab is made of several runs."""
@@ -75,7 +71,9 @@ class BlockScores:
     ) -> tuple[Tensor, Tensor]:
         """(scores in log 2 units with -inf at masked pairs [units, M, w], what the score mod was given)."""
         n, m = queries.shape[:2]
-        out = raw = torch.bmm(queries, keys.transpose(1, 2), out=buffer.shaped(n, m, slab.width))
+        out = buffer.shaped(n, m, slab.width)
+        torch.baddbmm(out, queries, keys.transpose(1, 2), beta=0, alpha=self.factor, out=out)
+        raw = out
         if self.mod is not None:
             if self.careful:
                 self.fill(raw, row, slab, 0.0)

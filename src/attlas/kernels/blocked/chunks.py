@@ -59,28 +59,39 @@ class Chunk:
             x = x.contiguous()
         return x[0] if x.shape[0] == 1 else x.flatten(0, 1)  # not reshape(-1, ...): there may be no elements
 
+    def rows(self, x: Tensor, q0: int, q1: int, dtype: torch.dtype) -> Tensor:
+        """Query-side [B, Tq, H, D] as [units, group * queries, D], to be read only: a view where strides allow it."""
+        part = self._part(x, q0, q1)
+        if part.dtype != dtype or part.shape[0] > 1 or self.group > 1 or part.stride(-1) != 1:
+            return self.load(x, q0, q1, dtype)
+        return part[0]
+
     def load(self, x: Tensor, q0: int, q1: int, dtype: torch.dtype) -> Tensor:
         """Query-side [B, Tq, H, D] as a fresh [units, group * queries, D]."""
-        part = x[self.b0 : self.b1, q0:q1, self.a0 : self.a1].transpose(1, 2)
-        own = torch.empty(part.shape, dtype=dtype, device=x.device).copy_(part)
-        return own.view(self.units, -1, x.shape[-1])
+        part = self._part(x, q0, q1)
+        return torch.empty(part.shape, dtype=dtype, device=x.device).copy_(part).view(self.units, -1, x.shape[-1])
 
-    def store(self, x: Tensor, q0: int, q1: int, value: Tensor) -> None:
-        """The inverse of `load`."""
-        part = x[self.b0 : self.b1, q0:q1, self.a0 : self.a1].transpose(1, 2)
-        part.copy_(value.view(part.shape))
+    def store(self, x: Tensor, q0: int, q1: int, value: Tensor, over: Tensor | float = 1.0) -> None:
+        """Write value / over, [units, group * queries, D], to the rows of x [B, Tq, H, D]."""
+        part = self._part(x, q0, q1)
+        divisor = over.view(*part.shape[:-1], 1) if isinstance(over, Tensor) else over
+        torch.div(value.view(part.shape), divisor, out=part)
+
+    def _part(self, x: Tensor, q0: int, q1: int) -> Tensor:
+        """[batch rows, heads, queries, D]"""
+        return x[self.b0 : self.b1, q0:q1, self.a0 : self.a1].transpose(1, 2)
 
     def by_head(self, scores: Tensor) -> Tensor:
         """[units, group * queries, w] as [batch rows, query heads, queries, w]."""
         return scores.view(self.b1 - self.b0, self.a1 - self.a0, -1, scores.shape[-1])
 
-    def add_keys(self, total: Tensor, k0: int, k1: int, left: Tensor, right: Tensor) -> None:
-        """total[:, k0:k1] += left @ right for the chunk; total [B, Tk, Hkv, D], left [units, k1-k0, M], right [units, M, D]."""
+    def add_keys(self, total: Tensor, k0: int, k1: int, left: Tensor, right: Tensor, factor: float) -> None:
+        """total[:, k0:k1] += factor * left @ right for the chunk; total [B, Tk, Hkv, D], left [units, k1-k0, M], right [units, M, D]."""
         part = total[self.b0 : self.b1, k0:k1, self.h0 : self.h1].transpose(1, 2)
         if part.shape[0] == 1:
-            part[0].baddbmm_(left, right)
+            part[0].baddbmm_(left, right, alpha=factor)
         else:
-            part.add_(torch.bmm(left, right).view(part.shape))
+            part.add_(torch.bmm(left, right).view(part.shape), alpha=factor)
 
 
 def chunks(shape: Shape, layout: Layout) -> Iterator[Chunk]:

@@ -33,7 +33,7 @@ class Forward:
         out = self.q.new_empty(b, tq, h, self.v.shape[-1])
         self.out = out
         self.stats = torch.empty(b, tq, h, 2, dtype=self.shape.dtype, device=out.device) if need_stats else None
-        self.score = BlockScores(layout, mod, grid, self.shape.dtype, careful)
+        self.score = BlockScores(layout, mod, grid, scale=self.scale, dtype=self.shape.dtype, careful=careful)
         for chunk in chunks(self.shape, layout):
             self.score.start_chunk(chunk, self.shape.heads)
             keys, values = chunk.keys(self.k, self.shape.dtype), chunk.keys(self.v, self.shape.dtype)
@@ -43,13 +43,14 @@ class Forward:
 
     def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
         dtype = self.shape.dtype
-        queries = chunk.load(self.q, row.q0, row.q1, dtype).mul_(self.scale * self.score.query_factor)
+        queries = chunk.rows(self.q, row.q0, row.q1, dtype)
         top, total = self._start(chunk, queries)
         acc: Tensor | None = None
         for slab in row.slabs:
             s, _ = self.score(queries, self.score.keys_of(keys, slab), row, slab, self.scores, self.spare)
-            # Where all scores are -inf, a finite maximum makes exp2 give 0 instead of NaN.
-            peak = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+            peak = s.amax(-1, keepdim=True)
+            if slab.tiles or self.score.mod is not None:  # all scores may be -inf: from a finite maximum exp2 makes 0, not NaN
+                peak.clamp_(min=torch.finfo(dtype).min)
             if top is not None:
                 peak = torch.maximum(top, peak)
                 rescale = torch.exp2(top.sub_(peak))
@@ -81,11 +82,10 @@ class Forward:
     def _finish(self, chunk: Chunk, row: Row, acc: Tensor | None, top: Tensor | None, total: Tensor | None) -> None:
         queries = chunk.group * (row.q1 - row.q0)
         zero = torch.zeros((), dtype=self.shape.dtype, device=self.out.device)
-        if acc is None:
+        if acc is None or total is None:
             chunk.store(self.out, row.q0, row.q1, zero.expand(chunk.units, queries, self.out.shape[-1]))
-        else:
-            assert total is not None
-            chunk.store(self.out, row.q0, row.q1, acc.div_(total.masked_fill(total == 0, 1.0)))
+        else:  # the largest weight is 1, so the sum is at least 1, or 0 where there is no key
+            chunk.store(self.out, row.q0, row.q1, acc, total.clamp(min=1.0))
         if self.stats is not None:
             both = zero.expand(chunk.units, queries, 2) if top is None or total is None else torch.cat([top, total], -1)
             chunk.store(self.stats, row.q0, row.q1, both)

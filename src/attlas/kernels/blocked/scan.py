@@ -1,7 +1,9 @@
 """The linear recurrence in chunks: inside a chunk as matrix products, between chunks one small product per chunk.
 
-Decay is kept in log space and subtracted before the exponential, so nothing overflows however long the sequence; cumulative sums are
-fp64. For decay per channel a chunk is cut into sub-chunks: pairs in different sub-chunks are factored at the later one's start (both factors
+Decay is kept in log space and subtracted before the exponential, so nothing overflows however long the sequence; cumulative sums
+are
+fp64. For decay per channel a chunk is cut into sub-chunks: pairs in different sub-chunks are factored at the later one's start
+(both factors
 are at most 1), pairs inside one sub-chunk are factored only where the decay across it stays far from the range of fp32.
 """
 
@@ -63,7 +65,9 @@ class _Decay:
             if lo:
                 ys = y[..., :lo, :] * (start - self.total[..., :lo, :]).to(self.dtype).exp()
                 parts.append(xs @ ys.transpose(-1, -2))
-            parts.append(self._inside(x[..., here, :], y[..., here, :], grown[..., here, :], self.total[..., here, :], start, inclusive))
+            parts.append(
+                self._inside(x[..., here, :], y[..., here, :], grown[..., here, :], self.total[..., here, :], start, inclusive)
+            )
             if hi < length:
                 parts.append(x.new_zeros(*x.shape[:3], hi - lo, length - hi))
             rows.append(torch.cat(parts, -1))
@@ -127,9 +131,7 @@ def chunk_scan(
         a, b = cut(a), cut(b)
         eye = torch.eye(chunk_size, dtype=q.dtype, device=q.device)
         known = torch.cat([a * decay.from_start(inclusive=False), decay.pairs(a, k, inclusive=False) @ v], -1)
-        solved = torch.linalg.solve_triangular(
-            eye - decay.pairs(a, b, inclusive=False), known, upper=False, unitriangular=True
-        )
+        solved = torch.linalg.solve_triangular(eye - decay.pairs(a, b, inclusive=False), known, upper=False, unitriangular=True)
         from_state, from_chunk = solved.split([a.shape[-1], v.shape[-1]], -1)  # u_t = from_state_t S + from_chunk_t
         erase = (b * decay.to_end()).transpose(-1, -2)
         whole = decay.whole().expand(*decay.whole().shape[:3], a.shape[-1])

@@ -1,4 +1,5 @@
-"""RWKV-4's weighted average over all earlier tokens, in chunks of a few tokens, as a softmax over log weights: nothing overflows."""
+"""RWKV-4's weighted average over all earlier tokens, in chunks of a few tokens, as a softmax over log weights: nothing
+overflows."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def wkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y_t = weighted average of v_s, s <= t, with log weights (t - 1 - s) log_decay + k_s for s < t and bonus + k_t for s = t.
 
-    k, v [N, T, C], log_decay (<= 0) and bonus [C]; the past is one value `average` [N, C] of log weight `log_mass` [N, C] (-inf = none).
+    k, v [N, T, C], log_decay (<= 0) and bonus [C]; the past is one value `average` [N, C] of log weight `log_mass` [N, C] (-inf
+    = none).
     valid [N, T] False: a token at the end of its row that weighs nothing and does not decay. Returns (y, average, log_mass).
     """
     outs = []

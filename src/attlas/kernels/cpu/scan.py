@@ -50,7 +50,8 @@ def unsupported(q: Tensor, v: Tensor, *, low_rank: bool, bonus: bool) -> str | N
 def scan(
     q: Tensor, k: Tensor, v: Tensor, *, log_decay: Tensor | None, initial_state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, H, K], v [B, T, H, V], log_decay None or [B, T, H, 1 | K], initial_state [B, H, K, V], all fp32 -> (out, final state)."""
+    """q, k [B, T, H, K], v [B, T, H, V], log_decay None or [B, T, H, 1 | K], initial_state [B, H, K, V], all fp32 -> (out, final
+    state)."""
     leaves = (q, k, v, initial_state) if log_decay is None else (q, k, v, initial_state, log_decay)
     if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
         out, state = _Scan.apply(scale, q, k, v, initial_state, log_decay)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -255,6 +258,23 @@ def test_numbers_of_made_up_results(tmp_path):
     assert causal["train_tokens_per_second"] == pytest.approx(21000)
 
 
+def test_differences_are_compared_window_by_window_and_seed_by_seed(tmp_path):
+    results = lab_results.results(tmp_path, ("causal", "alibi"))
+    record = results.records["text"][1]["result"]
+    record["per_window"] = [b + (0.02 if i % 2 else -0.02) for i, b in enumerate(record["per_window"])]
+    gap, error = results.bits_between("alibi", "causal")
+    shifts = [0.03 + (0.02 if i % 2 else -0.02) for i in range(11)]
+    by_windows = statistics.stdev(shifts) / 11**0.5
+    assert gap == pytest.approx(statistics.fmean(shifts)) and error == pytest.approx(by_windows)
+    more = [(i, label, seed) for i, label in enumerate(("causal", "alibi")) for seed in (1, 2)]
+    for i, label, seed in more:
+        result = lab_results.text_result(label, i, seed) | {"bits": 2.7 + 0.05 * i * seed}
+        results.records["text"].append(lab_results.record("text", label, result))
+    by_seeds = statistics.stdev([0.03, 0.05, 0.10]) / 3**0.5
+    _, error = results.bits_between("alibi", "causal")
+    assert error == pytest.approx(math.hypot(by_windows / 3, by_seeds))  # one seed in three has windows that differ
+
+
 def test_the_best_learning_rate_counts_only_when_no_seed_was_lost():
     runs = [{"rate": 1e-3, "bits": 3.0}, {"rate": 1e-3, "bits": 3.2}, {"rate": 1e-2, "bits": 2.0}, {"rate": 3e-3, "bits": 2.9},
             {"rate": 3e-3, "bits": 3.1}]  # fmt: skip
@@ -389,6 +409,46 @@ def test_colours_and_symbols_are_the_same_in_every_plot(tmp_path):
     assert many.index["causal"] == 0 and len(set(looks)) == len(looks)
 
 
+# Linear RGB as people with deuteranopia, protanopia and tritanopia see it (Machado et al. 2009, severity 1).
+SEEN_BY = (
+    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+)
+
+
+def linear(colour: str) -> list[float]:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+
+
+def luminance(colour: str) -> float:
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear(colour), strict=True))
+
+
+def cielab(rgb: list[float]) -> tuple[float, float, float]:
+    matrix = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+    xyz = [sum(m * c for m, c in zip(row, rgb, strict=True)) for row in matrix]
+    x, y, z = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in (xyz[0] / 0.9505, xyz[1], xyz[2] / 1.089))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+def test_colours_can_be_told_apart_with_any_colour_vision():
+    css = report.asset("report.css")
+    palettes = [re.findall(r"--c\d: (#[0-9a-f]{6});", line) for line in css.splitlines() if "--c0:" in line]
+    assert [len(p) for p in palettes] == [10, 10, 10] and palettes[1] == palettes[2]  # light; dark by system and by choice
+    for palette, card in ((palettes[0], "#ffffff"), (palettes[1], "#161e26")):
+        assert f"--card: {card}" in css
+        for colour in palette:
+            pair = sorted((luminance(colour), luminance(card)))
+            assert (pair[1] + 0.05) / (pair[0] + 0.05) > 2.8, f"{colour} hardly stands out on {card}"
+        for matrix in SEEN_BY:
+            seen = [[min(1, max(0, sum(m * c for m, c in zip(row, linear(p), strict=True)))) for row in matrix] for p in palette]
+            labs = [cielab(rgb) for rgb in seen]
+            assert min(math.dist(a, b) for i, a in enumerate(labs) for b in labs[:i]) > 15
+
+
 def test_figures_hold_what_was_measured(tmp_path):
     found = figures.all_figures(lab_results.results(tmp_path))
     prefill = next(t for t in found["time-prefill"]["data"] if t.get("meta") == "causal")
@@ -441,6 +501,21 @@ def test_the_assets_are_in_the_package(tmp_path):
         f"attlas/lab/assets/{n}" for n in ("report.css", "report.html", "report.js")
     ]
     assert all(report.asset(n) for n in ("report.css", "report.html", "report.js"))
+
+
+@pytest.mark.heavy
+def test_the_default_comparison_takes_less_than_five_minutes(tmp_path):
+    """Ten mechanisms on whatever cores there are; softmax attention solves recall within its budget."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "attlas", "compare"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert time.perf_counter() - began < 300
+    rows = json.loads((tmp_path / "attlas-results" / "compare" / "results.json").read_text())["rows"]
+    assert len(rows) >= 8 and all(r["status"] == "ok" for r in rows)
+    causal = rows[0]
+    assert causal["recall"] >= 0.99 and causal["bits_per_byte"] < 3.3 and causal["longest_length"] >= 2048
+    assert max(r["parameters"] for r in rows) / min(r["parameters"] for r in rows) < 1.02
+    assert len({r["tokens"] for r in rows}) == 1
 
 
 def test_torch_is_left_with_the_threads_that_it_had(text):

@@ -65,12 +65,13 @@ def _bits(results: Results, rows: list[dict[str, Any]]) -> Headline | None:
         gap, error = results.bits_between(r["mechanism"], label)
         if r is not best and gap is not None and error is not None and gap < 2 * error:
             ties.append(r["mechanism"])
+    runs = "one seed" if results.options["seeds"] == 1 else f"{units.words(results.options['seeds'])} seeds"
     if ties:
-        note = f"within the error of it: {units.listed(ties)}"
+        note = f"{runs}; within twice the error of it: {units.listed(ties)}"
     elif label != REFERENCE and best["bits_to_causal"] is not None:
-        note = f"{best['bits_to_causal']:+.3f} to causal; nobody else is within twice the error"
+        note = f"{runs}; {best['bits_to_causal']:+.3f} to causal; nobody else is within twice the error"
     else:
-        note = "nobody else is within twice the error"
+        note = f"{runs}; nobody else is within twice the error"
     return Headline("Best language model", label, units.fixed(best["bits_per_byte"]), "bits per byte", note)
 
 

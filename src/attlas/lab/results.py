@@ -120,14 +120,16 @@ class Results:
         }
 
     def bits_between(self, label: str, other: str) -> tuple[float | None, float | None]:
-        """Bits per byte of `label` minus those of `other`, window by window over the same held-out text (means over seeds), and
-        the standard error of that difference. The error is that of the choice of windows; the choice of seeds is not in it."""
+        """Bits per byte of `label` minus those of `other` (means over seeds), and the standard error of that difference: of the
+        choice of windows, compared one by one, and, with two seeds or more, of the choice of seeds, compared one by one too."""
         mine, theirs = self._window_bits(label), self._window_bits(other)
         if not mine or len(mine) != len(theirs):
             return None, None
-        gaps = [a - b for a, b in zip(mine, theirs, strict=True)]
-        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
-        return statistics.fmean(gaps), error
+        errors = [_standard_error([a - b for a, b in zip(mine, theirs, strict=True)])]
+        seeds = [{r["seed"]: r["bits"] for r in best_rate(self.outcomes("text", k), "bits", min)[0]} for k in (label, other)]
+        errors.append(_standard_error([seeds[0][s] - seeds[1][s] for s in seeds[0].keys() & seeds[1].keys()]))
+        known = [e for e in errors if e is not None]
+        return statistics.fmean(mine) - statistics.fmean(theirs), math.hypot(*known) if known else None
 
     def _window_bits(self, label: str) -> list[float]:
         runs, _ = best_rate(self.outcomes("text", label), "bits", min)
@@ -206,6 +208,10 @@ class Results:
         writer.writeheader()
         writer.writerows(rows)
         return out.getvalue()
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -65,5 +65,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: T
         raise ShapeError(f"short_conv: tail must be [B, W - 1, C]; got {describe(x=x, weight=weight, tail=tail)}")
     padded = torch.cat([tail.to(x.dtype), x], 1)
     length = x.shape[1]
-    out = torch.stack([padded[:, i : i + length] * weight[:, i] for i in range(width)]).sum(0)
+    out = padded[:, :length] * weight[:, 0]
+    for i in range(1, width):
+        out = out + padded[:, i : i + length] * weight[:, i]
     return out if bias is None else out + bias

@@ -391,5 +391,5 @@ def test_bars_show_stage_share_and_time_left():
         assert task.completed == 60.0 and task.fields["left"] == "0:30"
         shown.end("causal seed 0: [2.7] bits per byte")
         assert task.completed == 90.0 and task.fields["left"] == "done"
-    assert "[2.7] bits per byte" in shown.console.file.getvalue()
+    assert "Language  causal seed 0: [2.7] bits per byte\n" in shown.console.file.getvalue()
     assert progress.clock(95) == "1:35" and progress.clock(3725) == "1:02:05"

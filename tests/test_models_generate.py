@@ -212,7 +212,7 @@ LANGUAGE_CARDS = sorted(c.name for c in cards(supports="causal", min_level=2) if
 def test_every_causal_card_can_be_a_layer(name: str):
     """Beside a full layer, as a hybrid: forward and backward, and decoding where the card claims it."""
     (card,) = (c for c in cards() if c.name == name)
-    options = dict(card.example)
+    options = {**card.example, **card.options_for.get("causal", {})}
     dim, heads = options.pop("dim", 36), options.pop("num_heads", 3)
     model = lively(
         Transformer(language_model(VOCAB, dim, 2, heads, mixers=((name, options), ("causal", {"head_dim": 6})), hidden=29))

@@ -126,14 +126,16 @@ class Live(Progress):
         self.bars.update(self.tasks[stage], completed=done, left=clock(left), what=what)  # type: ignore[arg-type]
 
     def end(self, line: str) -> None:
+        from rich.text import Text
+
         stage, base, seconds, _ = self.at
         self.before[stage] = base + seconds
         finished = self.before[stage] >= self.expected.get(stage, 0.0) - 1e-6
         self.bars.update(self.tasks[stage], completed=self.before[stage], what="")  # type: ignore[arg-type]
         if finished:
             self.bars.update(self.tasks[stage], left="done")  # type: ignore[arg-type]
-        self.console.print(f"[bold cyan]{TITLES.get(stage, stage):<9}[/]", end=" ")
-        self.console.print(line, markup=False, highlight=False)
+        # One print: the bars are drawn again after each.
+        self.console.print(Text.assemble((f"{TITLES.get(stage, stage):<9} ", "bold cyan"), line))
 
 
 def make_progress(quiet: bool = False) -> Progress:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attlas.kernels.blocked.block_scores import LOG2E, BlockScores, Buffer
 from attlas.kernels.blocked.careful import masked_product
-from attlas.kernels.blocked.chunks import Chunk, Shape, chunks
+from attlas.kernels.blocked.chunks import Chunk, Shape, add_product, chunks
 from attlas.kernels.blocked.layout import Layout, Row, Slab
 from attlas.masks.geometry import Grid
 from attlas.scores import ScoreMod
@@ -85,7 +85,7 @@ class Backward:
             if self.score.mod is not None:
                 ds = self.score.mod_backward(raw, ds, row, slab, self.mod_sums)
             self._add(chunk, slab, self.dk, ds, queries, self.scale)
-            dq = torch.bmm(ds, key) if dq is None else dq.baddbmm_(ds, key)
+            dq = torch.bmm(ds, key) if dq is None else add_product(dq, ds, key)
         if dq is None:
             dq = torch.zeros_like(queries)
         chunk.store(self.dq, q0, q1, dq.mul_(self.scale))

@@ -13,6 +13,16 @@ from attlas.kernels.blocked.layout import SLAB_KEYS, Layout
 SCORES = 1 << 19  # scores that are held at a time, all heads of a chunk together: 2 MiB in fp32, so that they stay in cache
 
 
+NARROW = 16  # products with fewer columns: BLAS adds their terms one by one to what they are accumulated on
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
+    """total += factor * left @ right, [N, M, C], with the rounding error of the product and of one addition."""
+    if right.shape[-1] < NARROW:
+        return total.add_(torch.bmm(left, right), alpha=factor)
+    return total.baddbmm_(left, right, alpha=factor)
+
+
 @dataclass(frozen=True)
 class Shape:
     """batch, query heads, key heads of a call, and the dtype that it is computed in."""
@@ -89,7 +99,7 @@ class Chunk:
         """total[:, k0:k1] += factor * left @ right for the chunk; total [B, Tk, Hkv, D], left [units, k1-k0, M], right [units, M, D]."""
         part = total[self.b0 : self.b1, k0:k1, self.h0 : self.h1].transpose(1, 2)
         if part.shape[0] == 1:
-            part[0].baddbmm_(left, right, alpha=factor)
+            add_product(part[0], left, right, factor)
         else:
             part.add_(torch.bmm(left, right).view(part.shape), alpha=factor)
 

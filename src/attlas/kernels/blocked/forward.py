@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attlas.kernels.blocked.block_scores import LN2, LOG2E, BlockScores, Buffer
 from attlas.kernels.blocked.careful import masked_product
-from attlas.kernels.blocked.chunks import Chunk, Shape, chunks
+from attlas.kernels.blocked.chunks import Chunk, Shape, add_product, chunks
 from attlas.kernels.blocked.layout import Layout, Row
 from attlas.masks.geometry import Grid
 from attlas.scores import ScoreMod
@@ -66,7 +66,7 @@ class Forward:
                 part = masked_product(weights, value, self.score.seen(row, slab))
                 acc = part if acc is None else acc.add_(part)
             else:
-                acc = torch.bmm(weights, value) if acc is None else acc.baddbmm_(weights, value)
+                acc = torch.bmm(weights, value) if acc is None else add_product(acc, weights, value)
         self._finish(chunk, row, acc, top, total)
 
     def _start(self, chunk: Chunk, queries: Tensor) -> tuple[Tensor | None, Tensor | None]:

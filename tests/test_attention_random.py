@@ -82,9 +82,9 @@ def sizes(request, monkeypatch):
         monkeypatch.setattr(chunks, "SLAB_KEYS", 24)
         monkeypatch.setattr(layout, "SHORT_RUN", 17)
         monkeypatch.setattr(layout, "FEW_QUERIES", 0)
-        monkeypatch.setattr(layout, "BLOCK_KEYS", (8, 16))
-        monkeypatch.setattr(layout, "BLOCK_ROWS", (8, 16))
+        monkeypatch.setattr(layout, "SIZES", ((16, 16, 1.0), (8, 8, 0.9)))
         monkeypatch.setattr(layout, "LEAST_QUERIES", 8)
+        monkeypatch.setattr(layout, "_best_size", layout._best_size.__wrapped__)
         monkeypatch.setattr(chunks, "SCORES", 500)
 
 

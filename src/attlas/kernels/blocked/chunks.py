@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attlas.kernels.blocked.layout import SLAB_KEYS, Layout
 
-SCORES = 1 << 19  # scores that are held at a time, all heads of a chunk together: 2 MiB in fp32, so that they stay in cache
+SCORES = 5 << 17  # scores that are held at a time, all heads of a chunk together: 2.5 MiB in fp32, so that they stay in cache
 
 
 NARROW = 16  # products with fewer columns: BLAS adds their terms one by one to what they are accumulated on
@@ -96,7 +96,9 @@ class Chunk:
         return scores.view(self.b1 - self.b0, self.a1 - self.a0, -1, scores.shape[-1])
 
     def add_keys(self, total: Tensor, k0: int, k1: int, left: Tensor, right: Tensor, factor: float) -> None:
-        """total[:, k0:k1] += factor * left @ right for the chunk; total [B, Tk, Hkv, D], left [units, k1-k0, M], right [units, M, D]."""
+        """total[:, k0:k1] += factor * left @ right for the chunk.
+
+        total [B, Tk, Hkv, D], left [units, k1-k0, M], right [units, M, D]."""
         part = total[self.b0 : self.b1, k0:k1, self.h0 : self.h1].transpose(1, 2)
         if part.shape[0] == 1:
             add_product(part[0], left, right, factor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,13 @@ from attlas.masks.block_map import BlockMap
 from attlas.masks.expr import All, Mask
 from attlas.masks.geometry import Grid
 
-SLAB_KEYS = 1024  # keys of a slab: enough to hide the cost of a launch, few enough that the scores of a head fit the L2 cache
+SLAB_KEYS = 640  # keys of a slab: enough to hide the cost of a launch, few enough that the scores of a head fit the L2 cache
 SHORT_RUN = 256  # runs of keys shorter than this are gathered into one slab, longer ones are read in place
-LONG_ROW = 2048  # mean keys of a query from which larger query blocks pay: the waste at a mask's edge no longer matters
-BLOCK_ROWS = (64, 128)  # rows of a product (query block times heads of a group), for short and for long rows of keys
-BLOCK_KEYS = (64, 128)  # keys of a block of the compiled mask, likewise
+# Sizes of blocks: rows of a product (query block times heads of a group), keys of a block of the compiled mask, and the measured
+# rate of the products relative to the first. Large blocks run faster and waste more pairs at the edges of a mask.
+SIZES = ((256, 128, 1.0), (128, 64, 0.9), (64, 64, 0.78))
 LEAST_QUERIES = 16  # of a query block, however many heads share a key
+CLEAN = 0.15  # share of blocks with masked pairs up to which the first size is taken without trying the others
 FEW_QUERIES = 32  # up to here the mask is evaluated directly instead of being compiled
 
 
@@ -208,18 +210,35 @@ class RectangleLayout(Layout):
 
 def make_layout(mask: Mask | None, grid: Grid, *, group: int, device: torch.device) -> Layout:
     """The cheapest layout that is exact for this mask on this grid. group: query heads that share a key head."""
-    fine, coarse = (max(LEAST_QUERIES, rows >> (min(group, 8).bit_length() - 1)) for rows in BLOCK_ROWS)
     if (mask is None and not grid.packed) or few_queries(grid):
         found = rectangles(mask, grid)
         if found is not None:
-            return RectangleLayout(found, coarse, device)
+            return RectangleLayout(found, _sizes(group)[0][0], device)
     mask = All() if mask is None else mask
-    layout = MapLayout(mask.block_map(grid, block_q=coarse, block_k=BLOCK_KEYS[1], device="cpu"), device)
-    if layout.mean_keys < LONG_ROW and fine < coarse and len(grid.q) > fine:
-        layout = MapLayout(mask.block_map(grid, block_q=fine, block_k=BLOCK_KEYS[0], device="cpu"), device)
-    return layout
+    block_q, block_k = _best_size(mask, grid, group)
+    return MapLayout(mask.block_map(grid, block_q=block_q, block_k=block_k, device="cpu"), device)
 
 
 def few_queries(grid: Grid) -> bool:
     """Whether every sequence has so few queries that its mask is better evaluated than compiled."""
     return max((s.length for s in grid.q.segments), default=0) <= FEW_QUERIES
+
+
+def _sizes(group: int) -> list[tuple[int, int, float]]:
+    """(block_q, block_k, rate) for a number of query heads that share a key head."""
+    stacked = min(group, 8).bit_length() - 1
+    return [(max(LEAST_QUERIES, rows >> stacked), keys, rate) for rows, keys, rate in SIZES]
+
+
+@lru_cache(maxsize=256)
+def _best_size(mask: Mask, grid: Grid, group: int) -> tuple[int, int]:
+    """(block_q, block_k) with the least work over rate. Compiled maps are cached with the mask, so trying costs once."""
+    best, least = (0, 0), float("inf")
+    for block_q, block_k, rate in _sizes(group):
+        found = mask.block_map(grid, block_q=block_q, block_k=block_k, device="cpu")
+        cost = found.nnz * block_q * block_k / rate
+        if cost < least:
+            best, least = (block_q, block_k), cost
+        if int((found.tile_ids >= 0).sum()) <= CLEAN * found.nnz or len(grid.q) <= block_q // 2:
+            break
+    return best

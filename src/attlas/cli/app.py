@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from attlas._version import __version__
-from attlas.cli.lab import bench_attention, bench_masks, bench_scan, compare
+from attlas.cli.lab import bench_attention, bench_masks, bench_memory, bench_scan, compare
 from attlas.cli.options import lazy_command
 from attlas.cli.output import guarded
 
@@ -148,6 +148,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure one thing in depth; the 
 app.add_typer(bench, name="bench")
 bench.command("masks", cls=lazy_command(bench_masks), help=bench_masks.__doc__)(lambda: None)
 bench.command("attention", cls=lazy_command(bench_attention), help=bench_attention.__doc__)(lambda: None)
+bench.command("memory", cls=lazy_command(bench_memory), help=bench_memory.__doc__)(lambda: None)
 bench.command("scan", cls=lazy_command(bench_scan), help=bench_scan.__doc__)(lambda: None)
 
 

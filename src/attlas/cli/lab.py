@@ -101,6 +101,18 @@ def bench_attention() -> Callable[..., None]:
     return bench("attlas.lab.bench_cpu")
 
 
+def bench_memory() -> Callable[..., None]:
+    """Measure the peak memory of one training step of attention, against the bytes of q, k, v and out.
+
+    Examples:
+
+        attlas bench memory
+
+        attlas bench memory --tokens 8192 --impls blocked --json
+    """
+    return bench("attlas.lab.bench_memory")
+
+
 def bench_scan() -> Callable[..., None]:
     """The linear recurrence and the long convolution: share of the matrix product's rate, growth with length, cost of a decode
     step.

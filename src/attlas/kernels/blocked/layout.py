@@ -23,7 +23,7 @@ SLAB_KEYS = 640  # keys of a slab: enough to hide the cost of a launch, few enou
 SHORT_RUN = 256  # runs of keys shorter than this are gathered into one slab, longer ones are read in place
 # Sizes of blocks: rows of a product (query block times heads of a group), keys of a block of the compiled mask, and the measured
 # rate of the products relative to the first. Large blocks run faster and waste more pairs at the edges of a mask.
-SIZES = ((256, 128, 1.0), (128, 64, 0.9), (64, 64, 0.78))
+SIZES = ((256, 128, 1.0), (128, 64, 0.88), (64, 64, 0.84))
 LEAST_QUERIES = 16  # of a query block, however many heads share a key
 CLEAN = 0.15  # share of blocks with masked pairs up to which the first size is taken without trying the others
 FEW_QUERIES = 32  # up to here the mask is evaluated directly instead of being compiled

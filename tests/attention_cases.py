@@ -179,6 +179,7 @@ def _cases() -> dict[str, Case]:
         "chain": replace(
             base, mask=Causal(), score_mod=Softcap(2.0) >> Alibi(rand(6).abs()) >> RelativeBias(rand(8, 6)), sink=True
         ),
+        "prefix only, chain": replace(base, mask=Prefix(31), score_mod=Alibi(rand(6).abs()) >> Softcap(2.0)),
         "random with bias": replace(long, mask=Random(2, 16, seed=3) | Local(16), score_mod=RelativeBias(rand(16, 6))),
         "packed": Case(seq=ragged),
         "packed causal": Case(seq=ragged, mask=Causal(), score_mod=Alibi(rand(6).abs()), sink=True),
@@ -186,6 +187,7 @@ def _cases() -> dict[str, Case]:
         "packed started": Case(seq=started, mask=Causal(), score_mod=RelativeBias(rand(32, 6), False)),
         "packed start": Case(seq=started, mask=Causal(align="start")),
         "packed alike": Case(seq=SeqInfo((29, 29, 29), (41, 41, 41)), mask=Causal(), score_mod=Softcap(3.0)),
+        "packed alike but for positions": Case(seq=SeqInfo((29, 29), (41, 41), starts=(12, 3)), mask=Causal()),
         "packed few": Case(seq=few, mask=Causal() & Window.last(17), score_mod=Alibi(rand(6).abs()), sink=True),
         "packed nobody": Case(seq=SeqInfo(())),
         "few": replace(base, tq=3, tk=83, mask=Causal()),

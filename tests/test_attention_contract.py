@@ -92,7 +92,9 @@ def test_same_call_same_bits():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["packed", "packed causal", "packed few", "packed started", "packed alike"])
+@pytest.mark.parametrize(
+    "name", ["packed", "packed causal", "packed few", "packed started", "packed alike", "packed alike but for positions"]
+)
 def test_packed_is_one_by_one(name, impl):
     case = CASES[name]
     t = {n: x.detach() for n, x in case.tensors(F64).items()}
@@ -199,6 +201,18 @@ def test_sink_of_minus_infinity_is_no_sink():
             want = attention(q[:, :tq], k, v, mask=Causal(), impl="reference", return_aux=AuxRequest(lse=True))
             assert_same(got[0], want[0], impl)
             assert_same(got[1].lse, want[1].lse, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tq", [67, 2])
+def test_a_large_sink_takes_everything(impl, tq):
+    q, k, v = qkv(tq=tq)
+    sink = torch.tensor([1e4, -1e4] * 3)
+    out, aux = attention(q, k, v, mask=Causal(), sink=sink, impl=impl, return_aux=AuxRequest(lse=True))
+    bare, bare_aux = attention(q, k, v, mask=Causal(), impl="reference", return_aux=AuxRequest(lse=True))
+    assert not out[..., ::2, :].any() and torch.equal(aux.lse[..., ::2], torch.full_like(aux.lse[..., ::2], 1e4))
+    assert torch.allclose(out[..., 1::2, :], bare[..., 1::2, :], atol=1e-5)
+    assert torch.allclose(aux.lse[..., 1::2], bare_aux.lse[..., 1::2], atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["blocked", "auto"])

@@ -31,14 +31,21 @@ def gradients(case: Case, tensors: dict[str, Tensor], impl: str, weight: Tensor)
 
 
 def check_poison(case: Case, impl: str, where: list[int], what: str, bad: float) -> None:
-    """Put `bad` at key rows `where`; compare everything that cannot depend on them with a run on finite numbers."""
+    """Put `bad` at key rows `where` of "k", "v", "both", or both in "one" head only; compare all that cannot depend on
+    them with a run on finite numbers."""
     clean = case.tensors(F64)
     poisoned = {n: t.detach().clone() for n, t in clean.items()}
-    for name in "kv" if what == "both" else what:
-        poisoned[name][..., where, :, :] = bad
+    for name in "kv" if what in ("both", "one") else what:
+        if what == "one":  # of one key head, and of the first batch row
+            (poisoned[name] if case.seq is not None else poisoned[name][0])[where, -1] = bad
+        else:
+            poisoned[name][..., where, :, :] = bad
     poisoned = {n: t.requires_grad_() for n, t in poisoned.items()}
     seen = seen_pairs(case)
     tainted = seen[..., where].any(-1)  # [B, H, Tq]: rows that see one
+    if what == "one":
+        tainted[1:] = False
+        tainted[:, : -case.heads // case.kv_heads] = False
     keys_tainted = (seen & tainted[..., None]).any(-2)  # [B, H, Tk]: keys seen by such a row
     kv_tainted = keys_tainted.unflatten(1, (case.kv_heads, -1)).any(2)
     rows, keys = (~t.transpose(1, 2) for t in (tainted, kv_tainted))  # token-major
@@ -50,6 +57,10 @@ def check_poison(case: Case, impl: str, where: list[int], what: str, bad: float)
     out_bad, lse_bad, grads_bad = gradients(case, poisoned, impl, weight)
     same(out_bad[rows], out[rows], "out")
     same(lse_bad[rows], lse[rows], "lse")
+    with torch.no_grad():
+        out_only, lse_only = run(case, poisoned, impl)
+        same(out_only[rows], out[rows], "out without gradients")
+        same(lse_only[rows], lse[rows], "lse without gradients")
     same(grads_bad["q"][rows], grads["q"][rows], "gradient of q")
     same(grads_bad["k"][keys], grads["k"][keys], "gradient of k")
     same(grads_bad["v"][keys], grads["v"][keys], "gradient of v")
@@ -75,6 +86,7 @@ NAN_CASES = (
     "dense mask by row",
     "alibi",
     "chain",
+    "prefix only, chain",
     "dense bias by row",
     "random with bias",
     "sink on empty rows",
@@ -87,7 +99,7 @@ NAN_CASES = (
 
 
 @pytest.mark.parametrize("impl", ["blocked", "reference"])
-@pytest.mark.parametrize(("what", "bad"), [("k", math.nan), ("v", math.inf), ("both", math.nan)])
+@pytest.mark.parametrize(("what", "bad"), [("k", math.nan), ("v", math.inf), ("both", math.nan), ("one", math.nan)])
 @pytest.mark.parametrize("name", NAN_CASES)
 def test_poison_stays_where_it_is_seen(name, what, bad, impl):
     case = CASES[name]

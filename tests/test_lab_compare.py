@@ -152,6 +152,15 @@ def test_a_comparison_that_was_killed_goes_on_and_ends_the_same(text):
     assert quality(resumed) == quality(compare.run(replace(asked, out=text.parent / "whole"), progress=Count()))
 
 
+def test_side_by_side_gives_the_same_numbers(text):
+    asked = options(text, "one", stages=("text", "recall"))
+    alone = compare.run(asked, progress=Count())
+    shown = Count()
+    beside = compare.run(replace(asked, out=text.parent / "two", threads=2), progress=shown)
+    assert beside.plan["workers"] == 2 and not beside.failures() and len(shown.begun) == 4
+    assert quality(beside) == quality(alone)
+
+
 def test_ctrl_c_stores_what_is_done_and_reports_it(text, monkeypatch):
     class Impatient(Count):
         def begin(self, stage: str, what: str, seconds: float) -> None:

@@ -1,14 +1,12 @@
-"""The pieces of a comparison one by one: options, mechanisms, sizes, the gate, training, the store, the budget, the display."""
+"""The pieces of a comparison one by one: options, mechanisms, sizes, the gate, training, the store, the workers."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,8 +16,8 @@ from torch import nn
 
 from attlas.catalogue.index import build as build_mixer
 from attlas.errors import DataError, OptionError, UnknownNameError, UnsupportedError
-from attlas.lab import build, gate, plan, progress, speed
-from attlas.lab.mechanisms import Mechanism, choose, mechanism, parse_name, reference_of
+from attlas.lab import build, gate, pool
+from attlas.lab.mechanisms import Mechanism, choose, mechanism, parse_name
 from attlas.lab.options import CompareOptions
 from attlas.lab.store import Store, key_of, write_atomic
 from attlas.lab.tasks.mqar import RecallTask
@@ -292,104 +290,47 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
         pass
 
 
-# ---------------------------------------------------------------------------------------------------- budget
+# ---------------------------------------------------------------------------------------------------- processes
 
 
-def test_costs_go_through_both_probes():
-    quadratic = speed.Cost(speed._through(256, 256 * 2e-6 + 256**2 * 3e-9, 1024, 1024 * 2e-6 + 1024**2 * 3e-9), (0.0, 0.0))
-    assert quadratic.time(4096) == pytest.approx(4096 * 2e-6 + 4096**2 * 3e-9)
-    assert speed._through(256, 1.0, 1024, 4.0) == pytest.approx((4 / 1024, 0.0))
-    assert speed._through(256, 1.0, 1024, 2.0) == pytest.approx((2 / 1024, 0.0))  # an overhead: a line through the longer one
-    assert speed._through(256, 1.0, 1024, 64.0) == pytest.approx((0.0, 64 / 1024**2))
+def make_jobs(folder: str):
+    def die(tick):
+        os._exit(7)
+
+    def shout(tick):
+        print("words that must not end up among the messages")
+        tick(0.5, "half way")
+        return {"threads": torch.get_num_threads(), "pid": os.getpid()}
+
+    def slow(tick):
+        for _ in range(600):
+            time.sleep(0.05)
+            tick(0.0, "still here")
+        return {}
+
+    return {"die": die, "shout": shout, "slow": slow}
 
 
-def test_lengths_double_until_the_time_is_gone_and_cheap_mechanisms_go_further():
-    costs = {"dear": speed.Cost((0.0, 1e-6), (1.0, 0.0)), "cheap": speed.Cost((1e-5, 0.0), (1.0, 0.0))}
-    chosen = speed.choose_lengths(costs, 60.0, 1e9, longest=65536)
-    assert list(chosen) == [256 * 2**i for i in range(len(chosen))]
-    assert chosen[256] == ["dear", "cheap"] and chosen[max(chosen)] == ["cheap"]
-    assert sum(speed.CALLS * costs[label].time(n) for n, labels in chosen.items() for label in labels) <= 60
-    assert list(speed.choose_lengths(costs, 0.0, 1e9)) == [256, 512]  # two lengths always
-    assert max(speed.choose_lengths(costs, 1e9, 1500.0)) == 1024  # memory
+def test_workers_run_jobs_and_one_that_dies_costs_its_job_only(tmp_path):
+    events = list(pool.run(["shout", "die", "shout"], 1, "test_lab_parts:make_jobs", (str(tmp_path),)))
+    assert [(e.kind, e.key) for e in events if e.kind != "tick"] == [
+        ("begin", "shout"), ("done", "shout"), ("begin", "die"), ("lost", "die"), ("begin", "shout"), ("done", "shout"),
+    ]  # fmt: skip
+    assert any(e.kind == "tick" and (e.fraction, e.words) == (0.5, "half way") for e in events)
+    done = [e.record for e in events if e.kind == "done"]
+    assert done[0]["threads"] == 1 and done[0]["pid"] != done[1]["pid"]
+    assert next(e.words for e in events if e.kind == "lost").startswith("the worker process ended with code 7: ")
 
 
-def planner(options, names=("causal", "local")):
-    found = choose(replace(options, names=names))
-    return plan.Planner(options, found, found, tiny_corpus(), began=0.0)
+def test_workers_end_with_the_loop_that_uses_them():
+    events = pool.run(["slow", "slow"], 2, "test_lab_parts:make_jobs", ("",))
+    begun = [next(events), next(events)]
+    assert [e.kind for e in begun] == ["begin", "begin"]
+    workers = [w.process for w in events.gi_frame.f_locals["pool"].values()]
+    events.close()
+    assert [w.returncode for w in workers] == [-9, -9]
 
 
-def test_steps_fill_the_budget_and_are_the_same_for_all():
-    options = CompareOptions(context=16)
-    text = planner(options)._text({"a": 0.01, "b": 0.03}, 40.0)
-    assert text.batch == 2 and text.steps == int(40 / 0.04 - plan.WINDOWS / 6)
-    many = planner(options)._text({"a": 0.001, "b": 0.001}, 80.0)
-    assert many.batch > 2 and many.steps <= plan.MOST_TEXT
-    three = planner(replace(options, seeds=3))._text({"a": 0.01, "b": 0.03}, 40.0)
-    assert three.steps == pytest.approx(text.steps / 3, abs=20)
-    assert planner(replace(options, steps=7))._text({"a": 1.0}, 1.0).steps == 7
-    assert planner(options)._text({"a": 9.0}, 1.0).steps == plan.FEWEST
-    assert planner(options)._recall({"a": 0.05, "b": 0.05}, 50.0).steps < 500
-
-
-def test_a_plan_survives_its_file():
-    made = plan.Plan(
-        "b", "w", {"cpu": "x"}, None, {"text": {"causal": build.Sized(3, 4)}}, plan.Training(5, 6, (0.1,), {"causal": 0.2}), None,
-        {256: ["causal"]}, {256: 1.5}, (256, 512),
-    )  # fmt: skip
-    assert plan.Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-
-
-def test_speed_is_not_measured_when_the_output_is_not_finite():
-    class Broken(Mechanism):
-        def build(self, dim, num_heads):
-            mixer = super().build(dim, num_heads)
-            with torch.no_grad():
-                mixer.v_proj.weight.fill_(math.inf)
-            return mixer
-
-    pair = [Mechanism("causal", "causal"), Broken("broken", "causal")]
-    found = speed.measure_length(pair, 37, speed.Place(16, 2))
-    assert found["broken"] == {"problem": "the output at length 37 is not finite"}
-    assert found["causal"]["prefill"]["median"] > 0 and found["causal"]["train_peak"] > found["causal"]["prefill_peak"] > 0
-
-
-def test_caches_are_measured_from_real_ones():
-    m = mechanism("sliding-window:window=11", CompareOptions())
-    found = speed.cache_sizes(m, (5, 100), speed.Place(24, 3), chunk=7)
-    assert found == [
-        {"length": 5, "measured": 5 * 2 * 24 * 4, "formula": 5 * 2 * 24 * 4},
-        {"length": 100, "measured": 11 * 2 * 24 * 4, "formula": 11 * 2 * 24 * 4},
-    ]
-    assert reference_of([m], CompareOptions()).label == "causal"
-
-
-# ---------------------------------------------------------------------------------------------------- display
-
-
-def test_plain_lines_when_it_is_no_terminal():
-    out = io.StringIO()
-    shown = progress.Plain(out)
-    with shown:
-        shown.note("hello")
-        shown.stages({"text": 2.0}, {})
-        shown.begin("text", "causal seed 0", 1.0)
-        shown.tick(0.5, "3.1 bits")
-        shown.end("causal seed 0: 2.7 bits per byte")
-    assert out.getvalue() == "[0:00] hello\n[0:00] language: causal seed 0: 2.7 bits per byte\n"
-    assert isinstance(progress.make_progress(), progress.Plain)
-    assert type(progress.make_progress(quiet=True)) is progress.Progress
-
-
-def test_bars_show_stage_share_and_time_left():
-    shown = progress.Live()
-    shown.console.file = io.StringIO()
-    with shown:
-        shown.stages({"text": 90.0, "recall": 10.0}, {"text": 30.0})
-        shown.begin("text", "causal seed 0", 60.0)
-        shown.tick(0.5, "[bold] 3.1 bits")
-        task = shown.bars.tasks[0]
-        assert task.completed == 60.0 and task.fields["left"] == "0:30"
-        shown.end("causal seed 0: [2.7] bits per byte")
-        assert task.completed == 90.0 and task.fields["left"] == "done"
-    assert "Language  causal seed 0: [2.7] bits per byte\n" in shown.console.file.getvalue()
-    assert progress.clock(95) == "1:35" and progress.clock(3725) == "1:02:05"
+def test_a_worker_that_cannot_start_says_why():
+    events = list(pool.run(["x"], 1, "test_lab_parts:no_such_function", ()))
+    assert events[-1].kind == "lost" and "no_such_function" in events[-1].words

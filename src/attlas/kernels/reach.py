@@ -22,18 +22,20 @@ class Rectangle(NamedTuple):
 
 def rectangles(mask: Mask | None, grid: Grid) -> list[Rectangle] | None:
     """One rectangle per sequence, its keys cut to those within reach; None where a sequence is not one run of the array."""
+    if grid.num_sequences == 1:
+        return [_cut(mask, (0, len(grid.q), grid.q), (0, len(grid.k), grid.k), grid)]
     q_runs, k_runs = _sequence_runs(grid.q), _sequence_runs(grid.k)
     if q_runs is None or k_runs is None:
         return None
-    found = []
-    for sequence, (q0, q1, q_axis) in q_runs.items():
-        k0, k1, k_axis = k_runs.get(sequence, (0, 0, Axis(())))
-        found.append(_cut(mask, q0, q1, q_axis, k0, k1, k_axis))
-    return found
+    nothing = (0, 0, Axis(()))
+    return [_cut(mask, run, k_runs.get(sequence, nothing)) for sequence, run in q_runs.items()]
 
 
-def _sequence_runs(axis: Axis) -> dict[int, tuple[int, int, Axis]] | None:
-    """sequence id -> (first, end, its axis) in the array."""
+Run = tuple[int, int, Axis]  # first, end, and the axis of one sequence in the array
+
+
+def _sequence_runs(axis: Axis) -> dict[int, Run] | None:
+    """sequence id -> its run; None where a sequence is scattered."""
     runs: dict[int, tuple[int, int, list[Segment]]] = {}
     at, last = 0, None
     for s in axis.segments:
@@ -49,23 +51,28 @@ def _sequence_runs(axis: Axis) -> dict[int, tuple[int, int, Axis]] | None:
     return {i: (a, b, Axis(tuple(segments))) for i, (a, b, segments) in runs.items()}
 
 
-def _cut(mask: Mask | None, q0: int, q1: int, q: Axis, k0: int, k1: int, k: Axis) -> Rectangle:
-    """The rectangle without the keys that the mask's hull excludes; mask dropped where it allows everything that is left."""
-    if mask is None or q.span is None or k.span is None:
-        return Rectangle(q0, q1, k0, k1, Grid(q, k), None)
-    hull = mask.key_span(*q.span)
-    if hull is None:
-        return Rectangle(q0, q1, k0, k0, Grid(q, Axis(())), None)
-    if len(k.segments) == 1:
-        s = k.segments[0]
-        skip = max(0, min(s.length, (hull[0] - s.position) if hull[0] is not None else 0))
-        end = max(skip, min(s.length, (hull[1] + 1 - s.position) if hull[1] is not None else s.length))
-        if end - skip < s.length:
-            k = Axis((Segment(end - skip, s.position + skip, s.sequence, s.index + skip),))
-            k0, k1 = k0 + skip, k0 + end
-    if k.span is None or allows_all(mask, q.span, k.span):
-        return Rectangle(q0, q1, k0, k1, Grid(q, k), None)
-    return Rectangle(q0, q1, k0, k1, Grid(q, k), mask)
+def _cut(mask: Mask | None, queries: Run, keys: Run, grid: Grid | None = None) -> Rectangle:
+    """The rectangle without the keys that the mask's hull excludes; mask dropped where it allows everything that is left.
+
+    grid: that of the two runs, when it exists already.
+    """
+    (q0, q1, q), (k0, k1, k) = queries, keys
+    if mask is not None and q.span is not None and k.span is not None:
+        hull = mask.key_span(*q.span)
+        if hull is None:
+            return Rectangle(q0, q1, k0, k0, Grid(q, Axis(())), None)
+        if len(k.segments) == 1:
+            s = k.segments[0]
+            skip = 0 if hull[0] is None else max(0, min(s.length, hull[0] - s.position))
+            end = s.length if hull[1] is None else max(skip, min(s.length, hull[1] + 1 - s.position))
+            if end - skip < s.length:
+                k, grid = Axis((Segment(end - skip, s.position + skip, s.sequence, s.index + skip),)), None
+                k0, k1 = k0 + skip, k0 + end
+        if k.span is None or allows_all(mask, q.span, k.span):
+            mask = None
+    else:
+        mask = None
+    return Rectangle(q0, q1, k0, k1, Grid(q, k) if grid is None else grid, mask)
 
 
 def allows_all(mask: Mask, q_span: tuple[int, int], k_span: tuple[int, int]) -> bool:

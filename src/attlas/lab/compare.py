@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attlas.errors import AttlasError, DataError, UnsupportedError
+from attlas.lab import pool
 from attlas.lab.measure import useful_threads
 from attlas.lab.mechanisms import Mechanism, choose, reference_of
 from attlas.lab.options import CompareOptions
@@ -21,7 +23,6 @@ from attlas.lab.progress import Progress, make_progress
 from attlas.lab.results import Results
 from attlas.lab.store import PLAN, Store
 from attlas.lab.tasks.text import Corpus, load_corpus, require_length
-from attlas.lab.train import Diverged
 from attlas.lab.trials import Trial, Trials, gate_trial
 
 
@@ -69,8 +70,9 @@ def run(options: CompareOptions, *, progress: Progress | None = None) -> Results
     asked = check(options)
     with Store(options.folder, fresh=options.fresh) as store, progress or make_progress() as shown:
         old = _stored_plan(store)
+        cores = options.threads or torch.get_num_threads()
         with _threads(options.threads or (old.machine["threads"] if old is not None else useful_threads())):
-            return _run(asked, old, store, shown, began)
+            return _run(asked, old, store, shown, began, cores)
 
 
 @contextmanager
@@ -83,20 +85,21 @@ def _threads(wanted: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(asked: Asked, old: Plan | None, store: Store, shown: Progress, began: float) -> Results:
+def _run(asked: Asked, old: Plan | None, store: Store, shown: Progress, began: float, cores: int) -> Results:
     options = asked.options
     gates = [gate_trial(m, options) for m in asked.timed]
     for trial in gates:
-        _do(trial, store, shown, quiet=True)
+        _gate(trial, store)
     green = [m for m, g in zip(asked.timed, gates, strict=True) if store.records[g.key]["status"] == "ok"]
     for m, g in zip(asked.timed, gates, strict=True):
         if m not in green:
             shown.note(f"{m.label}: red gate, neither trained nor timed: {store.records[g.key]['error']}")
-    plan = _plan(asked, green, old, store, shown, began)
+    plan = _plan(asked, green, old, store, shown, began, cores)
     trained = [m for m in asked.mechanisms if m in green]
     trials = Trials(options, trained, green, asked.corpus, plan).all()
+    again = Rebuild(options, tuple(m.label for m in green), plan.to_dict(), plan.workers)
     try:
-        _do_all(trials, store, shown)
+        _do_all(trials, again, store, shown)
     except KeyboardInterrupt:
         done = sum(store.done(t.key) for t in trials)
         results = _write(asked, plan, gates + trials, store, began)
@@ -115,16 +118,15 @@ def _stored_plan(store: Store) -> Plan | None:
         raise DataError(f"{store.folder / PLAN} is not a plan of this version ({error!r}); --fresh starts over") from error
 
 
-def _plan(asked: Asked, green: Sequence[Mechanism], old: Plan | None, store: Store, shown: Progress, began: float) -> Plan:
+def _plan(
+    asked: Asked, green: Sequence[Mechanism], old: Plan | None, store: Store, shown: Progress, began: float, cores: int
+) -> Plan:
     if store.unreadable:
         shown.note(f"{store.unreadable} lines of {store.folder} cannot be read; those trials run again")
     trained = [m for m in asked.mechanisms if m in green]
-    planner = Planner(asked.options, trained, green, asked.corpus, began)
+    planner = Planner(asked.options, trained, green, asked.corpus, began, cores)
     if not planner.fits(old):
-        threads = torch.get_num_threads()
-        shown.note(
-            f"calibrating with {threads} {'thread' if threads == 1 else 'threads'}: how long is a step for each mechanism?"
-        )
+        shown.note("calibrating: how long is a step for each mechanism?")
     plan = planner.make(asked.sizes, old)
     if plan is not old:
         store.save_plan(plan.to_dict())
@@ -136,6 +138,8 @@ def _plan(asked: Asked, green: Sequence[Mechanism], old: Plan | None, store: Sto
 def _told(plan: Plan, options: CompareOptions) -> list[str]:
     """The budget in words."""
     lines = []
+    if plan.workers > 1:
+        lines.append(f"trainings run {plan.workers} side by side, each on one thread")
     if plan.text is not None:
         tokens = plan.text.steps * plan.text.batch * options.context
         lines.append(
@@ -148,7 +152,7 @@ def _told(plan: Plan, options: CompareOptions) -> list[str]:
     return lines
 
 
-def _do_all(trials: Sequence[Trial], store: Store, shown: Progress) -> None:
+def _do_all(trials: Sequence[Trial], again: Rebuild, store: Store, shown: Progress) -> None:
     expected: dict[str, float] = {}
     finished: dict[str, float] = {}
     for t in trials:
@@ -158,36 +162,65 @@ def _do_all(trials: Sequence[Trial], store: Store, shown: Progress) -> None:
     if already:
         shown.note(f"{already} of {len(trials)} trials are stored already")
     shown.stages(expected, finished)
-    for trial in trials:
-        _do(trial, store, shown)
+    todo = [t for t in trials if not store.done(t.key)]
+    training = [t for t in todo if t.trains]
+    if again.workers > 1 and len(training) > 1:
+        _side_by_side(training, again, store, shown)
+        todo = [t for t in todo if not t.trains]
+    for trial in todo:
+        _one(trial, store, shown)
 
 
 def _silent(fraction: float, text: str = "") -> None:
     """The gates are too short to be shown."""
 
 
-def _do(trial: Trial, store: Store, shown: Progress, *, quiet: bool = False) -> None:
-    """Run a trial unless it is stored; store how it went."""
-    if store.done(trial.key):
-        return
-    if not quiet:
-        shown.begin(trial.stage, trial.what, trial.seconds)
-    began = time.perf_counter()
-    record: dict[str, Any] = {"key": trial.key, "stage": trial.stage, "what": trial.what, "settings": trial.settings}
-    try:
-        result = trial.run(_silent if quiet else shown.tick)
-    except Diverged as error:
-        record |= {"status": "diverged", "error": str(error)}
-    except Exception as error:  # whatever goes wrong with one mechanism, the others go on
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-    else:
-        red = "; ".join(result.get("problems", ()))
-        record |= {"status": "red", "error": red} if red else {"status": "ok"}
-        record |= {"result": result}
-    record["seconds"] = time.perf_counter() - began
+def _gate(trial: Trial, store: Store) -> None:
+    if not store.done(trial.key):
+        store.add(trial.attempt(_silent))
+
+
+def _one(trial: Trial, store: Store, shown: Progress) -> None:
+    """Run a trial in this process and store how it went."""
+    shown.begin(trial.stage, trial.what, trial.seconds)
+    record = trial.attempt(partial(shown.tick, trial.stage, trial.what))
     store.add(record)
-    if not quiet:
-        shown.end(trial.tell(record["result"]) if record["status"] == "ok" else f"{trial.what}: {record['error']}")
+    shown.end(trial.stage, trial.what, trial.told(record))
+
+
+def _side_by_side(trials: Sequence[Trial], again: Rebuild, store: Store, shown: Progress) -> None:
+    """Run trainings in worker processes and store each as it ends."""
+    by_key = {t.key: t for t in trials}
+    with closing(pool.run(list(by_key), min(again.workers, len(trials)), "attlas.lab.compare:jobs", (again,))) as events:
+        for event in events:
+            trial = by_key[event.key]
+            if event.kind == "begin":
+                shown.begin(trial.stage, trial.what, trial.seconds)
+            elif event.kind == "tick":
+                shown.tick(trial.stage, trial.what, event.fraction, event.words)
+            else:
+                record = event.record or trial.attempt_lost(event.words)
+                store.add(record)
+                shown.end(trial.stage, trial.what, trial.told(record))
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """What a worker needs to make the same trials: the options, the labels of the mechanisms that are green, the plan."""
+
+    options: CompareOptions
+    green: tuple[str, ...]
+    plan: dict[str, Any]
+    workers: int
+
+
+def jobs(again: Rebuild) -> dict[str, Callable[..., dict[str, Any]]]:
+    """key -> the trial's `attempt`, for a worker."""
+    options = again.options
+    trained = [m for m in choose(options) if m.label in again.green]
+    corpus = load_corpus(options.text) if "text" in options.stages else None
+    made = Trials(options, trained, trained, corpus, Plan.from_dict(again.plan)).all()
+    return {t.key: t.attempt for t in made if t.trains}
 
 
 def _write(asked: Asked, plan: Plan, trials: Sequence[Trial], store: Store, began: float) -> Results:
@@ -206,7 +239,9 @@ def _write(asked: Asked, plan: Plan, trials: Sequence[Trial], store: Store, bega
         mechanisms={m.label: _described(m, asked) for m in asked.mechanisms},
         records=records,
         complete=all(t.key in store.records for t in trials),
-        seconds=sum(r["seconds"] for rs in records.values() for r in rs),
+        seconds=sum(
+            r["seconds"] / (plan.workers if r["stage"] in ("text", "recall") else 1) for rs in records.values() for r in rs
+        ),
     )
     store.write("results.json", results.to_json())
     store.write("results.csv", results.to_csv())

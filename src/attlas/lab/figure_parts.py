@@ -83,6 +83,47 @@ def value_axis(title: str, values: Sequence[float], tell: Callable[[float], str]
     return axis(title, log=True, range=bounds, tickvals=shown, ticktext=[tell(t) for t in shown])
 
 
+# Of a label beside its marker: plotly's name -> direction from the marker.
+PLACES = {
+    "top center": (0, 1), "bottom center": (0, -1), "middle right": (1, 0), "middle left": (-1, 0), "top right": (1, 1),
+    "top left": (-1, 1), "bottom right": (1, -1), "bottom left": (-1, -1),
+}  # fmt: skip
+Box = tuple[float, float, float, float]  # left, right, bottom, top in pixels
+
+
+def place_labels(
+    spots: Mapping[str, tuple[float, float]], sizes: Mapping[str, float], *, log_x: bool, width: int = 980, height: int = 330
+) -> dict[str, str]:
+    """Where the name of each marker stands so that names and markers cover each other least, on a plot of about that size.
+
+    Greedy: markers with near neighbours first, each name where it overlaps the least of what is there.
+    """
+    xs = {k: math.log(x) if log_x else x for k, (x, _) in spots.items()}
+    ys = {k: -y for k, (_, y) in spots.items()}  # less is better, and better is up
+    scale_x = width * 0.78 / max(1e-12, max(xs.values()) - min(xs.values()))
+    scale_y = height * 0.69 / max(1e-12, max(ys.values()) - min(ys.values()))
+    at = {k: (xs[k] * scale_x, ys[k] * scale_y) for k in spots}
+    taken: list[Box] = [(x - sizes[k] / 2, x + sizes[k] / 2, y - sizes[k] / 2, y + sizes[k] / 2) for k, (x, y) in at.items()]
+    crowd = {k: sum(math.dist(at[k], other) < 110 for other in at.values()) for k in at}
+    out = {}
+    for label in sorted(at, key=lambda k: -crowd[k]):
+        boxes = {place: _label_box(at[label], sizes[label], len(label), *way) for place, way in PLACES.items()}
+        out[label] = min(boxes, key=lambda place: sum(_overlap(boxes[place], other) for other in taken))
+        taken.append(boxes[out[label]])
+    return out
+
+
+def _label_box(at: tuple[float, float], size: float, letters: int, right: int, up: int) -> Box:
+    wide, high = 6.7 * letters, 15.0
+    x = at[0] + right * (size / 2 + 2 + wide / 2)
+    y = at[1] + up * (size / 2 + 2 + high / 2)
+    return x - wide / 2, x + wide / 2, y - high / 2, y + high / 2
+
+
+def _overlap(a: Box, b: Box) -> float:
+    return max(0.0, min(a[1], b[1]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[2], b[2]))
+
+
 def layout(x: Mapping[str, Any], y: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
     return {
         "xaxis": dict(x),

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attlas.lab import units
-from attlas.lab.figure_parts import Figure, Style, axis, extremes, figure, layout, length_axis, value_axis
+from attlas.lab.figure_parts import Figure, Style, axis, extremes, figure, layout, length_axis, place_labels, value_axis
 from attlas.lab.measure import fit_power_law
 from attlas.lab.options import REFERENCE
-from attlas.lab.results import OPERATIONS, Results
+from attlas.lab.results import OPERATIONS, Results, best_rate
 
 
 def all_figures(results: Results) -> dict[str, Figure]:
@@ -23,6 +23,7 @@ def all_figures(results: Results) -> dict[str, Figure]:
     found: dict[str, Figure | None] = {
         **{f"quality-{key}": quality(results, style, key) for key in SPEEDS},
         "curves": curves(results, style),
+        "curves-gap": curves_to_reference(results, style),
         "positions": positions(results, style),
         "recall": recall_bars(results, style),
         "recall-curves": recall_curves(results, style),
@@ -53,16 +54,18 @@ def quality(results: Results, style: Style, key: str) -> Figure | None:
         r["mechanism"]: r[column] if key == "train" else (length if key == "prefill" else 1) / r[column] for r in rows
     }  # fmt: skip
     biggest = max((r["cache_bytes"] or 0 for r in rows), default=0) or 1
+    sizes = {r["mechanism"]: 11 + 26 * math.sqrt((r["cache_bytes"] or 0) / biggest) for r in rows}
+    spots = {r["mechanism"]: (rate[r["mechanism"]], r["bits_per_byte"]) for r in rows}
+    places = place_labels(spots, sizes, log_x=key != "train")
     data = []
     for r in rows:
-        label, held = r["mechanism"], r["cache_bytes"]
-        size = 11 + 26 * math.sqrt((held or 0) / biggest)
+        label, held, size = r["mechanism"], r["cache_bytes"], sizes[r["mechanism"]]
         bits = r["bits_per_byte"]
         spread = {"type": "data", "array": [r["bits_high"] - bits], "arrayminus": [bits - r["bits_low"]]}
         hover = f"<b>{label}</b><br>{bits:.3f} bits per byte<br>{rate[label]:,.0f} tokens/s<br>cache {units.nbytes(held)}"
         data.append(
             style.trace(
-                label, x=[rate[label]], y=[bits], mode="markers+text", text=[label], textposition="top center",
+                label, x=[rate[label]], y=[bits], mode="markers+text", text=[label], textposition=places[label],
                 textfont={"color": "@ink", "size": 12}, hovertemplate=hover + "<extra></extra>", cliponaxis=False,
                 marker={**style.marker(label, size), "opacity": 0.85, "line": {"color": "@card", "width": 1.5}},
                 error_y={**spread, "color": style.colour(label), "thickness": 1.2, "width": 3,
@@ -87,26 +90,59 @@ def _padded(values: Sequence[float], *, log: bool = False, fraction: float = 0.1
 
 def curves(results: Results, style: Style) -> Figure | None:
     """Training loss in bits against bytes seen, mean over seeds, with simple predictors for comparison."""
+    found = {label: _curve(results, label) for label in results.mechanisms}
     data = []
-    last: dict[str, float] = {}
-    for label in results.mechanisms:
-        rate = next(r for r in results.rows() if r["mechanism"] == label)["learning_rate"]
-        runs = [r["curve"] for r in results.outcomes("text", label) if r["rate"] == rate]
-        if not runs:
-            continue
-        xs = [x for x, _ in runs[0]]
-        ys = [sum(c[i][1] for c in runs) / len(runs) for i in range(len(xs))]
-        last[label] = ys[-1]
-        hover = f"<b>{label}</b><br>%{{x:,.0f}} bytes seen<br>%{{y:.3f}} bits per byte<extra></extra>"
-        data.append(style.trace(label, x=xs, y=ys, mode="lines", line=style.line(label), hovertemplate=hover))
+    for label, (xs, ys) in found.items():
+        if xs:
+            hover = f"<b>{label}</b><br>%{{x:,.0f}} bytes seen<br>%{{y:.3f}} bits per byte<extra></extra>"
+            data.append(style.trace(label, x=xs, y=ys, mode="lines", line=style.line(label, 1.6), hovertemplate=hover))
     if not data:
         return None
     shapes, notes = _yardsticks(results)
     # The first tenth falls steeply and is the same for all; it would squeeze what differs into a few pixels.
     late = [y for t in data for y in t["y"][len(t["y"]) // 10 :]]
     y = axis("bits per byte, training", range=[min(late) - 0.08, max(late) + 0.08])
+    last = {t["meta"]: t["y"][-1] for t in data}
     alt = f"Training curves; the last points lie {extremes(last, lambda v: f'{v:.3f} bits per byte')}."
-    return figure(data, layout(axis("bytes seen in training", rangemode="tozero"), y, shapes=shapes, annotations=notes), alt)
+    x = axis("bytes seen in training", rangemode="tozero")
+    return figure(data, layout(x, y, shapes=shapes, annotations=notes), alt)
+
+
+def curves_to_reference(results: Results, style: Style) -> Figure | None:
+    """Training loss minus that of `causal` on the same batches: what the batches have in common cancels."""
+    _, base = _curve(results, REFERENCE) if REFERENCE in results.mechanisms else ([], [])
+    data = []
+    for label in results.mechanisms:
+        xs, ys = _curve(results, label)
+        if not ys or len(ys) != len(base) or label == REFERENCE:
+            continue
+        gaps = [y - b for y, b in zip(ys, base, strict=True)]
+        hover = f"<b>{label}</b><br>%{{x:,.0f}} bytes seen<br>%{{y:+.3f}} bits to causal<extra></extra>"
+        data.append(style.trace(label, x=xs, y=gaps, mode="lines", line=style.line(label), hovertemplate=hover))
+    if not data:
+        return None
+    zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "layer": "below"}
+    look = {"line": {"color": style.colour(REFERENCE), "width": 2}}
+    late = [y for t in data for y in t["y"][len(t["y"]) // 10 :]]
+    y = axis("bits per byte minus those of causal", range=[min(0.0, *late) - 0.03, max(0.0, *late) + 0.03])
+    last = {t["meta"]: t["y"][-1] for t in data}
+    alt = f"Training loss minus that of causal; the last points lie {extremes(last, lambda v: f'{v:+.3f} bits per byte')}."
+    return figure(data, layout(axis("bytes seen in training", rangemode="tozero"), y, shapes=[{**zero, **look}]), alt)
+
+
+POINTS = 30
+
+
+def _curve(results: Results, label: str) -> tuple[list[float], list[float]]:
+    """Bytes seen and training bits at the best learning rate: means over seeds and over neighbouring points."""
+    runs = [r["curve"] for r in best_rate(results.outcomes("text", label), "bits", min)[0]]
+    if not runs:
+        return [], []
+    size = max(1, math.ceil(len(runs[0]) / POINTS))
+    means = [sum(run[i][1] for run in runs) / len(runs) for i in range(len(runs[0]))]
+    blocks = [means[i : i + size] for i in range(0, len(means), size)]
+    ends = [runs[0][min(i + size, len(means)) - 1][0] for i in range(0, len(means), size)]
+    return ends, [sum(b) / len(b) for b in blocks]
 
 
 def _yardsticks(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -132,8 +168,7 @@ def positions(results: Results, style: Style) -> Figure | None:
     data = []
     gains: dict[str, float] = {}
     for label in results.mechanisms:
-        rate = next(r for r in results.rows() if r["mechanism"] == label)["learning_rate"]
-        runs = [r["by_position"] for r in results.outcomes("text", label) if r["rate"] == rate]
+        runs = [r["by_position"] for r in best_rate(results.outcomes("text", label), "bits", min)[0]]
         if not runs:
             continue
         xs = [(a + b) / 2 for a, b, _ in runs[0]]
@@ -172,7 +207,7 @@ def recall_bars(results: Results, style: Style) -> Figure | None:
         hover = f"<b>{label}</b><br>{r['recall']:.1%} of queries answered<br>after {r['recall_steps']:,} steps<extra></extra>"
         data.append(
             style.trace(
-                label, type="bar", orientation="h", x=[r["recall"]], y=[label], hovertemplate=hover, text=[f"{r['recall']:.0%}"],
+                label, type="bar", orientation="h", x=[r["recall"]], y=[label], hovertemplate=hover, text=[f"{r['recall']:.1%}"],
                 textposition="outside", cliponaxis=False, textfont={"color": "@ink"}, marker={"color": style.colour(label)},
                 error_x={"type": "data", "array": [r["recall_high"] - r["recall"]], "arrayminus": [r["recall"] - r["recall_low"]],
                          "color": "@muted", "thickness": 1.2, "width": 3,
@@ -180,7 +215,7 @@ def recall_bars(results: Results, style: Style) -> Figure | None:
             )
         )  # fmt: skip
     alt = f"Recall accuracy {extremes({r['mechanism']: r['recall'] for r in rows}, lambda v: f'{v:.0%}')}."
-    x = axis("queries answered", range=[0, 1.08], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
+    x = axis("queries answered", range=[0, 1.13], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
     y = axis("", tickfont={"color": "@ink", "size": 12.5}, ticks="", showgrid=False)
     return figure(data, layout(x, y, bargap=0.32), alt)
 
@@ -189,10 +224,7 @@ def recall_curves(results: Results, style: Style) -> Figure | None:
     data = []
     needed: dict[str, float] = {}
     for label in results.mechanisms:
-        rate = next(r for r in results.rows() if r["mechanism"] == label)["recall_learning_rate"]
-        for r in results.outcomes("recall", label):
-            if r["rate"] != rate:
-                continue
+        for r in best_rate(results.outcomes("recall", label), "accuracy", max)[0]:
             needed[label] = max(needed.get(label, 0), r["steps"])
             xs, ys = [0, *(c[0] for c in r["curve"])], [0.0, *(c[1] for c in r["curve"])]
             hover = f"<b>{label}</b>, seed {r['seed']}<br>step %{{x:,}}<br>%{{y:.1%}}<extra></extra>"

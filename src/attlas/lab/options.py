@@ -38,7 +38,7 @@ class CompareOptions:
     out             folder for the results, instead of attlas-results/NAME
     fresh           forget what the folder holds and start over
     device          cpu or cuda
-    threads         processor threads (default: as torch chooses)
+    threads         cores to use: threads in timings, processes in trainings (default: as many as torch finds useful)
     """
 
     names: tuple[str, ...] = ()

@@ -31,6 +31,7 @@ WINDOWS = 128  # held-out windows
 RECALL_BATCH, RECALL_EXAMPLES, RECALL_CHECK = 32, 256, 25
 CACHE_LENGTHS, LONGEST_CACHE = (256, 512, 1024, 2048), 8192
 TASK = RecallTask()
+MOST_WORKERS, BESIDE = 8, 0.9  # a process beside others runs at this pace: they share caches and memory
 FEWEST, MOST_TEXT, MOST_RECALL = 20, 3000, 1200
 
 
@@ -59,6 +60,7 @@ class Plan:
     speed_seconds: dict[int, float] = field(default_factory=dict)
     cache: tuple[int, ...] = ()
     task: RecallTask = TASK
+    workers: int = 1  # trainings that run side by side, each on one thread
     version: str = __version__
     format: int = FORMAT
 
@@ -85,6 +87,7 @@ class Plan:
             speed_seconds={int(k): v for k, v in data["speed_seconds"].items()},
             cache=tuple(data["cache"]),
             task=RecallTask(**data["task"]),
+            workers=data["workers"],
             version=data["version"],
             format=data["format"],
         )
@@ -112,7 +115,8 @@ def sizes_of(options: CompareOptions, mechanisms: Sequence[Mechanism], reference
 
 
 class Planner:
-    """Makes a plan. `timed`: the mechanisms and the reference. `began`: time.perf_counter() when the comparison began."""
+    """Makes a plan. `timed`: the mechanisms and the reference. `began`: time.perf_counter() when the comparison began.
+    `cores`: how many trainings may run side by side."""
 
     def __init__(
         self,
@@ -121,7 +125,9 @@ class Planner:
         timed: Sequence[Mechanism],
         corpus: Corpus | None,
         began: float,
+        cores: int = 1,
     ) -> None:
+        self.cores = cores
         self.options, self.corpus, self.began = options, corpus, began
         self.mechanisms, self.timed = list(mechanisms), list(timed)
         self.machine = machine_stamp(options.device)
@@ -143,6 +149,7 @@ class Planner:
             corpus=None if self.corpus is None else self.corpus.to_dict(),
             sizes={s: {m.label: of[m.label] for m in self.mechanisms} for s, of in sizes.items()},
         )
+        plan = replace(plan, workers=self.workers)
         keep = old if old is not None and old.basis == plan.basis else None
         seconds = self._calibrate(plan)
         budget = self._budget()
@@ -161,6 +168,13 @@ class Planner:
             plan = replace(plan, cache=tuple(shared or CACHE_LENGTHS))
         return plan
 
+    @property
+    def workers(self) -> int:
+        """Trainings side by side: one for each core, on a processor."""
+        trainings = len(self.mechanisms) * self.options.seeds * len({"text", "recall"} & set(self.options.stages))
+        cores = self.cores if self.machine["device"] == "cpu" else 1
+        return max(1, min(cores, trainings, MOST_WORKERS))
+
     # ---- calibration ------------------------------------------------------------------------------------------------------
 
     def _calibrate(self, plan: Plan) -> dict[str, dict[str, float]]:
@@ -175,15 +189,28 @@ class Planner:
     def _step_seconds(self, plan: Plan, stage: str, batch: int) -> dict[str, float]:
         steppers = {m.label: stepper(m, self.options, self.corpus, plan, stage, batch) for m in self.mechanisms}
         steppers = {label: step for label, step in steppers.items() if works(step)}
-        timings = time_interleaved(steppers, 4, warmup=2, min_sample=0, max_seconds=6.0, device=self.options.device)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if self.workers > 1 else threads)
+        try:
+            timings = time_interleaved(steppers, 4, warmup=2, min_sample=0, max_seconds=6.0, device=self.options.device)
+        finally:
+            torch.set_num_threads(threads)
         return {label: t.median for label, t in timings.items()}
 
     def _budget(self) -> dict[str, float]:
-        """Seconds for each stage: its share of what is left after start-up, gate, machine limits and report."""
-        fixed = 5.0 + 0.5 * len(self.mechanisms) + (4.0 + len(self.timed) if "speed" in self.options.stages else 0.0)
+        """Seconds of computing for each stage: its share of what is left after start-up, gate, machine limits and report, times
+        the number of processes that compute."""
+        fixed = (
+            5.0
+            + 0.5 * len(self.mechanisms)
+            + (5.0 if self.workers > 1 else 0.0)
+            + (4.0 + len(self.timed) if "speed" in self.options.stages else 0.0)
+        )
         left = 60 * self.options.minutes - (time.perf_counter() - self.began) - fixed
         total = sum(SHARE[s] for s in self.options.stages)
-        return {s: max(1.0, MARGIN * left * SHARE[s] / total) for s in self.options.stages}
+        side_by_side = max(1.0, BESIDE * self.workers)
+        pace = {"text": side_by_side, "recall": side_by_side}
+        return {s: max(1.0, MARGIN * left * SHARE[s] / total * pace.get(s, 1.0)) for s in self.options.stages}
 
     # ---- budgets ----------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TextIO
 
 TITLES = {
@@ -39,13 +40,13 @@ class Progress:
         """Predicted seconds of every stage, and how many of them are in the store already."""
 
     def begin(self, stage: str, what: str, seconds: float) -> None:
-        """A trial begins."""
+        """A trial begins. Several may run side by side; stage and what name one."""
 
-    def tick(self, fraction: float, text: str = "") -> None:
-        """The running trial has come this far."""
+    def tick(self, stage: str, what: str, fraction: float, text: str = "") -> None:
+        """A running trial has come this far."""
 
-    def end(self, line: str) -> None:
-        """The running trial is stored; `line` says what came out."""
+    def end(self, stage: str, what: str, line: str) -> None:
+        """A running trial is stored; `line` says what came out."""
 
 
 class Plain(Progress):
@@ -54,7 +55,6 @@ class Plain(Progress):
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.start = time.monotonic()
-        self.stage = ""
 
     def _line(self, text: str) -> None:
         print(f"[{clock(time.monotonic() - self.start)}] {text}", file=self.stream, flush=True)
@@ -62,11 +62,20 @@ class Plain(Progress):
     def note(self, text: str) -> None:
         self._line(text)
 
-    def begin(self, stage: str, what: str, seconds: float) -> None:
-        self.stage = TITLES.get(stage, stage).lower()
+    def end(self, stage: str, what: str, line: str) -> None:
+        self._line(f"{TITLES.get(stage, stage).lower()}: {line}")
 
-    def end(self, line: str) -> None:
-        self._line(f"{self.stage}: {line}")
+
+@dataclass
+class _Stage:
+    """total, done: predicted seconds; fresh: those done in this run. running: what -> seconds, fraction, words."""
+
+    task: int
+    total: float
+    done: float
+    fresh: float = 0.0
+    began: float | None = None
+    running: dict[str, tuple[float, float, str]] = field(default_factory=dict)
 
 
 class Live(Progress):
@@ -86,18 +95,15 @@ class Live(Progress):
             TextColumn("{task.fields[what]}", markup=False),
         )
         self.bars = Bars(*columns, console=self.console, refresh_per_second=6)
-        self.tasks: dict[str, int] = {}
-        self.expected: dict[str, float] = {}
-        self.at = ("", 0.0, 0.0, 0.0)  # stage, seconds already done in it, predicted seconds of the trial, when it began
-        self.factor: dict[str, float] = {}  # seconds taken / seconds predicted, per stage
+        self.shown: dict[str, _Stage] = {}
 
     def __enter__(self) -> Live:
         self.bars.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for task in self.tasks.values():
-            self.bars.update(task, what="")  # type: ignore[arg-type]
+        for stage in self.shown.values():
+            self.bars.update(stage.task, what="")  # type: ignore[arg-type]
         self.bars.stop()
 
     def note(self, text: str) -> None:
@@ -106,36 +112,44 @@ class Live(Progress):
     def stages(self, seconds: Mapping[str, float], done: Mapping[str, float]) -> None:
         for stage, total in seconds.items():
             task = self.bars.add_task(TITLES.get(stage, stage), total=max(total, 1e-9), left="", what="")
-            self.bars.update(task, completed=done.get(stage, 0.0))
-            self.tasks[stage], self.expected[stage] = task, total
-        self.before = dict(done)
+            self.shown[stage] = _Stage(task, total, done.get(stage, 0.0))
+            self._draw(self.shown[stage])
 
     def begin(self, stage: str, what: str, seconds: float) -> None:
-        self.at = (stage, self.before.get(stage, 0.0), seconds, time.monotonic())
-        self.what = what
-        self.tick(0.0)
+        at = self.shown[stage]
+        at.began = at.began or time.monotonic()
+        at.running[what] = (seconds, 0.0, "")
+        self._draw(at)
 
-    def tick(self, fraction: float, text: str = "") -> None:
-        stage, base, seconds, began = self.at
-        spent = time.monotonic() - began
-        if fraction > 0.05 and seconds > 0 and spent > 0.5:
-            self.factor[stage] = 0.7 * self.factor.get(stage, 1.0) + 0.3 * spent / (fraction * seconds)
-        done = base + fraction * seconds
-        left = (self.expected.get(stage, 0.0) - done) * self.factor.get(stage, 1.0)
-        what = f"{self.what}  {text}" if text else self.what
-        self.bars.update(self.tasks[stage], completed=done, left=clock(left), what=what)  # type: ignore[arg-type]
+    def tick(self, stage: str, what: str, fraction: float, text: str = "") -> None:
+        at = self.shown[stage]
+        at.running[what] = (at.running[what][0], fraction, text)
+        self._draw(at)
 
-    def end(self, line: str) -> None:
+    def end(self, stage: str, what: str, line: str) -> None:
         from rich.text import Text
 
-        stage, base, seconds, _ = self.at
-        self.before[stage] = base + seconds
-        finished = self.before[stage] >= self.expected.get(stage, 0.0) - 1e-6
-        self.bars.update(self.tasks[stage], completed=self.before[stage], what="")  # type: ignore[arg-type]
-        if finished:
-            self.bars.update(self.tasks[stage], left="done")  # type: ignore[arg-type]
+        at = self.shown[stage]
+        seconds, _, _ = at.running.pop(what)
+        at.done += seconds
+        at.fresh += seconds
+        self._draw(at)
         # One print: the bars are drawn again after each.
         self.console.print(Text.assemble((f"{TITLES.get(stage, stage):<9} ", "bold cyan"), line))
+
+    def _draw(self, at: _Stage) -> None:
+        part = sum(seconds * fraction for seconds, fraction, _ in at.running.values())
+        done = at.done + part
+        rest = max(0.0, at.total - done)
+        # Predicted seconds that have gone by per second of the clock: side by side, more than one.
+        spent, gone = time.monotonic() - (at.began or time.monotonic()), at.fresh + part
+        pace = gone / spent if spent > 1 and gone > 0 else 1.0
+        if rest < 1e-6:
+            left = "done"
+        else:
+            left = clock(rest / pace) if at.began else ""
+        what = "   ".join(f"{name}  {text}".rstrip() for name, (_, _, text) in at.running.items())
+        self.bars.update(at.task, completed=done, left=left, what=what)  # type: ignore[arg-type]
 
 
 def make_progress(quiet: bool = False) -> Progress:

@@ -69,7 +69,7 @@ def _bits(results: Results, rows: list[dict[str, Any]]) -> Headline | None:
     if ties:
         note = f"{runs}; within twice the error of it: {units.listed(ties)}"
     elif label != REFERENCE and best["bits_to_causal"] is not None:
-        note = f"{runs}; {best['bits_to_causal']:+.3f} to causal; nobody else is within twice the error"
+        note = f"{runs}; {units.signed(best['bits_to_causal'])} to causal; nobody else is within twice the error"
     else:
         note = f"{runs}; nobody else is within twice the error"
     return Headline("Best language model", label, units.fixed(best["bits_per_byte"]), "bits per byte", note)
@@ -79,15 +79,16 @@ def _recall(rows: list[dict[str, Any]]) -> Headline | None:
     rows = [r for r in rows if r["recall"] is not None]
     if not rows:
         return None
-    best = max(rows, key=lambda r: (round(r["recall"], 3), -r["recall_steps"]))
     solved = [r for r in rows if r["recall"] >= 0.99]
+    # Runs stop once they answer 99 %, so among those that do the one that got there first is the best.
+    best = min(solved, key=lambda r: r["recall_steps"]) if solved else max(rows, key=lambda r: r["recall"])
     if not solved:
         note = "nobody reached 99 % in this budget: read the order as speed of learning, not as ability"
     else:
         note = (
             f"{units.words(len(solved))} of {units.words(len(rows))} reached 99 %; this one after {best['recall_steps']:,} steps"
         )
-    return Headline("Best recall", best["mechanism"], units.percent(best["recall"], 0), "of queries", note)
+    return Headline("Best recall", best["mechanism"], units.percent(best["recall"]), "of queries", note)
 
 
 def _fastest(rows: list[dict[str, Any]], what: str) -> Headline | None:

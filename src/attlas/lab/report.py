@@ -79,6 +79,10 @@ def _facts(results: Results) -> str:
     return "".join(f"<li>{escape(k)} <b>{escape(v)}</b></li>" for k, v in facts)
 
 
+def _threads(number: int) -> str:
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
 def _notices(results: Results) -> str:
     out = []
     if not results.complete:
@@ -108,7 +112,9 @@ def _headline(h: prose.Headline, style: Style) -> str:
 
 def _chip(label: str, style: Style) -> str:
     name = escape(label)
-    return f'<button class="chip" type="button" aria-pressed="true" data-label="{name}">{mark(label, style)}{name}</button>'
+    tip = "Click: show or hide. Alt-click: only this one, and causal."
+    attributes = f'type="button" aria-pressed="true" data-label="{name}" title="{tip}"'
+    return f'<button class="chip" {attributes}>{mark(label, style)}{name}</button>'
 
 
 # ---------------------------------------------------------------------------------------------------- sections
@@ -131,10 +137,11 @@ def _sections(results: Results, figures: dict[str, Any], style: Style) -> list[s
         words = "Bits per byte say how well a model predicts held-out text: each tenth less is about 7 % less surprise."
         out.append(_section("Trade-off", "What quality costs", words, _plots([panel], one=True)))
     text = [
-        _panel("Learning", figures, [("", "curves")], hint="dotted: predictors that only count bytes"),
+        _panel("Learning", figures, [("bits", "curves"), ("to causal", "curves-gap")]),
         _panel("Along the context", figures, [("", "positions")], hint="lower on the right = makes use of more context"),
     ]
-    out += _maybe("Language", "Learning to predict bytes", "The same bytes in the same order for every mechanism.", text)
+    words = "The same bytes in the same order for all, so the ups and downs of the text cancel in the difference to causal."
+    out += _maybe("Language", "Learning to predict bytes", words, text)
     recall = [
         _panel("Queries answered", figures, [("", "recall")], hint="stopped at 99 %"),
         _panel("On the way", figures, [("", "recall-curves")], hint="held-out accuracy while training"),
@@ -176,7 +183,7 @@ def _panel(title: str, figures: dict[str, Any], shown: list[tuple[str, str]], si
             f'<button type="button" aria-pressed="{str(key == first).lower()}" data-show="{key}">{escape(name)}</button>'
             for name, key in shown
         )
-        switch = f'<span class="switch" role="group" aria-label="Speed of" data-plot="plot-{first}">{buttons}</span>'
+        switch = f'<span class="switch" role="group" aria-label="What is shown" data-plot="plot-{first}">{buttons}</span>'
     note = f'<span class="hint">{escape(hint)}</span>' if hint else ""
     plot = (
         f'<div class="plot {size}" id="plot-{first}" data-figure="{first}" role="img" '
@@ -276,7 +283,7 @@ def stamp(results: Results) -> list[tuple[str, str]]:
     m, limits = results.plan["machine"], results.limits()
     out = [
         ("Processor", f"{m['cpu']} ({m['isa']})"),
-        ("Cores", f"{m['cores']}, {m['threads']} used"),
+        ("Cores", f"{m['cores']}; {_threads(m['threads'])} in timings, {results.plan.get('workers', 1)} trainings side by side"),
         ("Memory", units.nbytes(m["memory"])),
         ("Accelerator", m["accelerator"] or "none used"),
         ("System", f"{m['system']}, Python {m['python']}, torch {m['torch']}"),

@@ -37,7 +37,7 @@ def summary(results: Results, style: Style) -> str:
     columns = [
         Column("bits_per_byte", "Bits", "per byte", lambda r: units.fixed(r["bits_per_byte"]), "min"),
         Column("bits_to_causal", "to causal", "± over windows", _gap),
-        Column("recall", "Recall", "queries", lambda r: units.percent(r["recall"], 0), "max", True),
+        Column("recall", "Recall", "queries", lambda r: units.percent(r["recall"]), "max", True),
         Column(
             "train_tokens_per_second", "Training", "tokens/s", lambda r: units.count(r["train_tokens_per_second"]), "max", True
         ),
@@ -61,7 +61,7 @@ def _gap(r: Row) -> str:
     gap, error = r["bits_to_causal"], r["bits_to_causal_error"]
     if gap is None or r["mechanism"] == "causal":
         return units.DASH
-    return f"{gap:+.3f}" + (f" <small>±{error:.3f}</small>" if error is not None else "")
+    return units.signed(gap) + (f" <small>±{error:.3f}</small>" if error is not None else "")
 
 
 def _timed(what: str) -> Callable[[Row], str]:
@@ -87,7 +87,7 @@ def exponents(results: Results, style: Style) -> str:
             if law is None:
                 return units.DASH
             error = f" <small>±{law.error:.2f}</small>" if law.points > 2 else ""
-            return f"n<sup>{law.exponent:.2f}</sup>{error}"
+            return f"n<sup>{f'{law.exponent:.2f}'.replace('-', '−')}</sup>{error}"
 
         return tell
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from attlas.errors import UnsupportedError
-from attlas.lab.measure import Thunk, peak_allocated, time_interleaved
+from attlas.lab.measure import Thunk, Timing, peak_allocated, time_interleaved
 from attlas.lab.mechanisms import Mechanism
 from attlas.nn.mixer import Mixer
 
 FIRST, LONGEST = 256, 65536
-BURST = 4  # decoded tokens per sample
+DECODES = 9  # single tokens decoded per round: short samples, so that a median passes over interruptions
 REPEATS = 7
 # A length costs this many calls of everything: the check, two to warm up, at least three rounds, the memory pass.
 CALLS = 7.0
@@ -57,16 +57,15 @@ class Layer:
         self.mixer.zero_grad(set_to_none=True)
 
     def decoder(self, calls: int) -> Thunk:
-        """A function that decodes BURST tokens, one by one, behind `length` cached ones; `calls`: how often it may be called."""
+        """A function that decodes one token behind `length` cached ones and more; `calls`: how often it may be called."""
         with torch.no_grad():
-            cache = self.mixer.new_cache(1, self.x.shape[1] + BURST * calls)
+            cache = self.mixer.new_cache(1, self.x.shape[1] + calls)
             self.mixer(self.x, cache=cache)
         token = self.x[:, -1:]
 
         @torch.no_grad()
         def decode() -> None:
-            for _ in range(BURST):
-                self.mixer(token, cache=cache)
+            self.mixer(token, cache=cache)
 
         return decode
 
@@ -96,13 +95,13 @@ def measure_length(
             continue
         functions |= {(label, what): function for what, function in found.items()}
         out[label] = {"flops": layer.mixer.flops(length), "cache_bytes": layer.mixer.cache_bytes(length)}
-    named = {f"{label}\0{what}": f for (label, what), f in functions.items()}
     # min_sample=0: one call per sample, so that the decoding functions are called as often as their caches have room for.
+    many = {(*key, i): f for key, f in functions.items() for i in range(DECODES if key[1] == "decode" else 1)}
+    named = {"\0".join(map(str, key)): f for key, f in many.items()}
     timings = time_interleaved(named, REPEATS, warmup=1, min_sample=0, max_seconds=max_seconds, device=place.device)
     for (label, what), function in functions.items():
-        timing = timings[f"{label}\0{what}"]
-        scale = BURST if what == "decode" else 1
-        out[label][what] = {k: v / scale if k != "repeats" else v for k, v in timing.to_dict().items()}
+        samples = [s for i in range(DECODES if what == "decode" else 1) for s in timings[f"{label}\0{what}\0{i}"].samples]
+        out[label][what] = Timing.of(samples).to_dict()
         if what != "decode":
             out[label][f"{what}_peak"] = peak_allocated(function, device=place.device)
     return out
@@ -113,7 +112,7 @@ def _operations(layer: Layer, length: int) -> tuple[dict[str, Thunk], str | None
     try:
         if not bool(layer.prefill().isfinite().all()):
             return {}, f"the output at length {length} is not finite"
-        found = {"prefill": layer.prefill, "train": layer.train, "decode": layer.decoder(REPEATS + 2)}
+        found = {"prefill": layer.prefill, "train": layer.train, "decode": layer.decoder(DECODES * (REPEATS + 1) + 1)}
         found["train"]()
         found["decode"]()
     except Exception as error:
@@ -126,7 +125,7 @@ def _operations(layer: Layer, length: int) -> tuple[dict[str, Thunk], str | None
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds of one round (prefill, train, a burst of decoding) and peak bytes, as (a, b) of a * n + b * n^2."""
+    """seconds of one round (prefill, train, some decoding) and peak bytes, as (a, b) of a * n + b * n^2."""
 
     seconds: tuple[float, float]
     memory: tuple[float, float]
@@ -147,20 +146,22 @@ def _through(n: int, at_n: float, m: int, at_m: float) -> tuple[float, float]:
     return (a, b) if a > 0 else (0.0, at_m / m**2)
 
 
-def estimate(mechanisms: Sequence[Mechanism], place: Place, *, probes: tuple[int, int] = (256, 1024)) -> dict[str, Cost]:
-    """What a round costs each mechanism, from short measurements at two lengths."""
+def estimate(mechanisms: Sequence[Mechanism], place: Place, *, probes: tuple[int, int] = (192, 896)) -> dict[str, Cost]:
+    """What a round costs each mechanism, from short measurements at two lengths. They are not among the lengths measured later,
+    so that no mask of a position is known then from here: decoding meets each position for the first time."""
     seconds: dict[str, list[float]] = {m.label: [] for m in mechanisms}
     memory: dict[str, list[float]] = {m.label: [] for m in mechanisms}
     for length in probes:
         built = {k: v for k, v in layers(mechanisms, length, place).items() if _operations(v, length)[1] is None}
 
         def round_of(layer: Layer, length: int = length) -> Thunk:
-            decode = layer.decoder(6)
+            decode = layer.decoder(6 * DECODES)
 
             def once() -> None:
                 layer.prefill()
                 layer.train()
-                decode()
+                for _ in range(DECODES):
+                    decode()
 
             return once
 
@@ -190,8 +191,9 @@ def choose_lengths(
             if (price <= left and costs[label].bytes(length) <= memory) or length <= 2 * first:
                 kept.append(label)
                 left -= price
-        if kept:
-            chosen[length] = [label for label in costs if label in kept]
+        if len(kept) < min(2, len(costs)):
+            break  # there is nothing to compare with
+        chosen[length] = [label for label in costs if label in kept]
         alive, length = kept, 2 * length
     return chosen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,6 +38,36 @@ class Trial:
     @property
     def key(self) -> str:
         return key_of({"stage": self.stage, **self.settings})
+
+    @property
+    def trains(self) -> bool:
+        """Whether it may run beside others: timings may not."""
+        return self.stage in ("text", "recall")
+
+    def attempt(self, tick: Ticker) -> dict[str, Any]:
+        """Run it; a record of how it went, whatever happens."""
+        began = time.perf_counter()
+        record: dict[str, Any] = {"key": self.key, "stage": self.stage, "what": self.what, "settings": self.settings}
+        try:
+            result = self.run(tick)
+        except Diverged as error:
+            record |= {"status": "diverged", "error": str(error)}
+        except Exception as error:  # whatever goes wrong with one mechanism, the others go on
+            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        else:
+            red = "; ".join(result.get("problems", ()))
+            record |= {"status": "red", "error": red} if red else {"status": "ok"}
+            record |= {"result": result}
+        return {**record, "seconds": time.perf_counter() - began}
+
+    def attempt_lost(self, why: str) -> dict[str, Any]:
+        """The record of an attempt whose process died."""
+        start = {"key": self.key, "stage": self.stage, "what": self.what, "settings": self.settings}
+        return {**start, "status": "failed", "error": why, "seconds": 0.0}
+
+    def told(self, record: dict[str, Any]) -> str:
+        """The outcome in a line."""
+        return self.tell(record["result"]) if record["status"] == "ok" else f"{self.what}: {record['error']}"
 
 
 def common_settings(options: CompareOptions) -> dict[str, Any]:

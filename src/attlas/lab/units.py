@@ -58,6 +58,11 @@ def fixed(value: float | None, places: int = 3) -> str:
     return DASH if value is None else f"{value:.{places}f}"
 
 
+def signed(value: float | None, places: int = 3) -> str:
+    """A difference, with a real minus: -0.12 -> '−0.120'."""
+    return DASH if value is None else f"{value:+.{places}f}".replace("-", "−")
+
+
 def count(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 

@@ -15,7 +15,8 @@ from attlas.masks.expr import Mask
 from attlas.masks.geometry import Grid
 from attlas.masks.leaves import Causal
 
-SHORT = 192  # on the CPU torch's kernel runs at about half the GEMM rate: it wins only where a call's fixed costs dominate
+LONG = 1536 * 1536  # pairs from which block-wise code, nearer to the GEMM rate, beats torch's CPU kernel
+LONG_DECODE = 1024  # keys from which it does so for few queries whose heads share keys, which torch's kernel reads once per head
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, grid: Grid, needs_grad: bool) -> str | None:
@@ -38,8 +39,13 @@ def _finite(x: Tensor) -> bool:
 
 def slower_here(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why a later implementation is faster on this device, None = none is."""
-    if q.device.type == "cpu" and q.shape[-3] * k.shape[-3] > SHORT * SHORT:
-        return f"on the CPU block-wise code is faster beyond about {SHORT} x {SHORT} pairs"
+    if q.device.type != "cpu":
+        return None
+    (tq, h), (tk, hkv) = q.shape[-3:-1], k.shape[-3:-1]
+    if tq * tk > LONG:
+        return f"on the CPU block-wise code is faster beyond {LONG} pairs"
+    if tq <= 32 and h > hkv and tk >= LONG_DECODE:
+        return f"on the CPU block-wise code is faster for few queries over {LONG_DECODE} or more shared keys"
     return None
 
 

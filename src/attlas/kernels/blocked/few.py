@@ -66,36 +66,37 @@ def _rectangle(
     b, tq, h, d = q.shape
     tk, hkv, dv = v.shape[1:]
     if tk == 0:
-        lse = None
-        if need_lse:
-            fill = torch.full((), -torch.inf, dtype=dtype, device=q.device) if sink is None else sink.to(dtype)
-            lse = fill.expand(b, tq, h).clone()
-        return q.new_zeros(b, tq, h, dv), lse
+        return q.new_zeros(b, tq, h, dv), _lse_without_keys(q, sink, dtype) if need_lse else None
     plain = mod is None and r.mask is None and sink is None and not need_lse
-    factor = scale if mod is not None or plain else scale * LOG2E
-    grouped = q.to(dtype).view(b, tq, hkv, h // hkv, d) if q.is_contiguous() else q.to(dtype).reshape(b, tq, hkv, h // hkv, d)
-    queries = (grouped.permute(0, 2, 3, 1, 4) * factor).reshape(b, hkv, -1, d)
-    s = _products(queries, k.to(dtype).permute(0, 2, 3, 1))  # [B, Hkv, G * tq, tk]
+    queries = q.to(dtype) * (scale if plain or mod is not None else scale * LOG2E)
+    if tq > 1:
+        queries = queries.transpose(1, 2)
+    s = _products(queries.reshape(b, hkv, -1, d), k.to(dtype).permute(0, 2, 3, 1))  # [B, Hkv, G * tq, tk]
     if plain:
-        o = _products(torch.softmax(s, -1), v.to(dtype).transpose(1, 2))
-        return _token_major(o, h, tq).to(q.dtype), None
-    by_head = s.view(b, h, tq, tk)
+        o = _products(torch.softmax(s, -1), v.to(dtype).transpose(1, 2)).view(b, h, tq, dv)
+        return o.transpose(1, 2).to(q.dtype), None
+    s = s.view(b, h, tq, tk)
     if mod is not None:
-        by_head = mod(by_head, r.grid.q.positions(q.device), r.grid.k.positions(q.device)) * LOG2E
+        s = mod(s, r.grid.q.positions(q.device), r.grid.k.positions(q.device)) * LOG2E
     if r.mask is not None:
-        by_head = by_head.masked_fill_(~r.mask.dense(r.grid, device=q.device), -torch.inf)
-    top = by_head.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+        s = s.masked_fill_(~r.mask.dense(r.grid, device=q.device), -torch.inf)
+    top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
     if sink is not None:
         sink = sink.to(dtype).view(h, 1, 1) * LOG2E
         top = torch.maximum(top, sink)
-    p = by_head.sub_(top).exp2_()
+    p = s.sub_(top).exp2_()
     total = p.sum(-1, keepdim=True)
     if sink is not None:
         total += torch.exp2(sink - top)
     o = _products(p.reshape(b, hkv, -1, tk), v.to(dtype).transpose(1, 2)).view(b, h, tq, dv)
-    o = o.div_(total if r.mask is None else total.masked_fill(total == 0, 1.0))
+    o = o.div_(total.clamp(min=1.0))  # 0 without keys, at least 1 with any
     lse = total.log2().add_(top).mul_(LN2)[..., 0].transpose(1, 2) if need_lse else None
     return o.transpose(1, 2).to(q.dtype), lse
+
+
+def _lse_without_keys(q: Tensor, sink: Tensor | None, dtype: torch.dtype) -> Tensor:
+    fill = torch.full((), -torch.inf, dtype=dtype, device=q.device) if sink is None else sink.to(dtype)
+    return fill.expand(q.shape[:-1]).clone()
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
@@ -109,7 +110,3 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     for i in range(b):
         torch.bmm(left[i], right[i], out=out[i])
     return out
-
-
-def _token_major(x: Tensor, heads: int, tq: int) -> Tensor:
-    return x.view(x.shape[0], heads, tq, x.shape[-1]).transpose(1, 2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from attlas.kernels.reach import Rectangle, rectangles
 from attlas.masks.block_map import BlockMap
 from attlas.masks.expr import All, Mask
 from attlas.masks.geometry import Grid
+from attlas.masks.lru import BoundedCache
 
 SLAB_KEYS = 640  # keys of a slab: enough to hide the cost of a launch, few enough that the scores of a head fit the L2 cache
 SHORT_RUN = 256  # runs of keys shorter than this are gathered into one slab, longer ones are read in place
@@ -27,6 +27,9 @@ SIZES = ((256, 128, 1.0), (128, 64, 0.88), (64, 64, 0.84))
 LEAST_QUERIES = 16  # of a query block, however many heads share a key
 CLEAN = 0.15  # share of blocks with masked pairs up to which the first size is taken without trying the others
 FEW_QUERIES = 32  # up to here the mask is evaluated directly instead of being compiled
+
+
+_LAYOUTS = BoundedCache(max_items=64, max_bytes=1 << 26)
 
 
 class Slab(NamedTuple):
@@ -127,8 +130,21 @@ class MapLayout(Layout):
         self._cols: list[int] = block_map.cols.tolist()
         self._tiles: list[int] = block_map.tile_ids.tolist()
         self.mean_keys = len(self._cols) * block_map.block_k / max(1, len(self._ptr) - 1)
+        self._kept: tuple[Row, ...] | None = None
 
-    def rows(self, b: int, h: int, *, isolate: bool = False) -> Iterator[Row]:
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the lists by an estimate."""
+        return self.map.nbytes + 200 * len(self._cols) + sum(t.numel() * t.element_size() for t in self._bias.values())
+
+    def rows(self, b: int, h: int, *, isolate: bool = False) -> Iterable[Row]:
+        if isolate or self.batch * self.heads > 1:
+            return self._make_rows(b, h, isolate)
+        if self._kept is None:
+            self._kept = tuple(self._make_rows(b, h, isolate))
+        return self._kept
+
+    def _make_rows(self, b: int, h: int, isolate: bool) -> Iterator[Row]:
         bq, q_len = self.block_q, self.map.q_len
         first = (b * self.heads + h) * self._blocks
         for i in range(self._blocks):
@@ -214,9 +230,13 @@ def make_layout(mask: Mask | None, grid: Grid, *, group: int, device: torch.devi
         found = rectangles(mask, grid)
         if found is not None:
             return RectangleLayout(found, _sizes(group)[0][0], device)
-    mask = All() if mask is None else mask
-    block_q, block_k = _best_size(mask, grid, group)
-    return MapLayout(mask.block_map(grid, block_q=block_q, block_k=block_k, device="cpu"), device)
+    key = (mask, grid, group, device)
+    layout = _LAYOUTS.get(key)
+    if layout is None:
+        layout = MapLayout(_best_map(All() if mask is None else mask, grid, group), device)
+        _LAYOUTS.put(key, layout)
+    assert isinstance(layout, MapLayout)
+    return layout
 
 
 def few_queries(grid: Grid) -> bool:
@@ -230,15 +250,15 @@ def _sizes(group: int) -> list[tuple[int, int, float]]:
     return [(max(LEAST_QUERIES, rows >> stacked), keys, rate) for rows, keys, rate in SIZES]
 
 
-@lru_cache(maxsize=256)
-def _best_size(mask: Mask, grid: Grid, group: int) -> tuple[int, int]:
-    """(block_q, block_k) with the least work over rate. Compiled maps are cached with the mask, so trying costs once."""
-    best, least = (0, 0), float("inf")
+def _best_map(mask: Mask, grid: Grid, group: int) -> BlockMap:
+    """The mask compiled with the blocks that mean the least work over rate."""
+    best, least = None, float("inf")
     for block_q, block_k, rate in _sizes(group):
         found = mask.block_map(grid, block_q=block_q, block_k=block_k, device="cpu")
         cost = found.nnz * block_q * block_k / rate
         if cost < least:
-            best, least = (block_q, block_k), cost
+            best, least = found, cost
         if int((found.tile_ids >= 0).sum()) <= CLEAN * found.nnz or len(grid.q) <= block_q // 2:
             break
+    assert best is not None
     return best

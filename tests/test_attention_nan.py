@@ -31,8 +31,10 @@ def gradients(case: Case, tensors: dict[str, Tensor], impl: str, weight: Tensor)
 
 
 def check_poison(case: Case, impl: str, where: list[int], what: str, bad: float) -> None:
-    """Put `bad` at key rows `where` of "k", "v", "both", or both in "one" head only; compare all that cannot depend on
-    them with a run on finite numbers."""
+    """Put `bad` at key rows `where` of "k", "v", "both" of them, or both in "one" head only.
+
+    Compare everything that cannot depend on them with a run on finite numbers.
+    """
     clean = case.tensors(F64)
     poisoned = {n: t.detach().clone() for n, t in clean.items()}
     for name in "kv" if what in ("both", "one") else what:

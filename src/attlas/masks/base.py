@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, reduce
+from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 Span = tuple[int | None, int | None]  # inclusive bounds of key positions, None = unlimited
 
+_numbers = count()
+_alive: WeakValueDictionary[str, Mask] = WeakValueDictionary()
+
 
 class Mask(ABC):
     """A rule on absolute positions (and, for some leaves, batch row and head) that says which pairs may attend."""
@@ -28,6 +33,23 @@ class Mask(ABC):
     uses_index: bool = False  # reads array indices beside positions
     effort: int = 0  # classifying a box takes 0 = arithmetic, 1 = searching
     precedence: int = 3  # for printing: | is 1, & is 2, ~ and leaves are 3
+    handle: str  # names this object for as long as it lives; what a compiled graph holds in its place
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Mask:
+        new = super().__new__(cls)
+        object.__setattr__(new, "handle", str(next(_numbers)))
+        _alive[new.handle] = new
+        return new
+
+    @staticmethod
+    def of_handle(handle: str) -> Mask:
+        """The mask with this handle. OptionError when it is gone."""
+        found = _alive.get(handle)
+        if found is None:
+            raise OptionError(
+                f"mask {handle} is gone: keep the mask that a compiled function was traced with for as long as the function"
+            )
+        return found
 
     # -- what a leaf implements ------------------------------------------------------------------------------------------------
 

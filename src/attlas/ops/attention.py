@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from attlas.errors import OptionError, UnsupportedError
 from attlas.masks.expr import Mask
 from attlas.ops.call import make_call
 from attlas.ops.select import run_call
+from attlas.ops.traced import traced
 from attlas.scores import ScoreMod
 from attlas.shapes import Aux, AuxRequest, SeqInfo
 
@@ -77,6 +79,8 @@ def attention(
     out 0, lse -inf (with a sink: lse = sink) and zero gradient. NaN or inf in a masked key or value reaches neither the rows that
     do not see it nor their gradients.
 
+    Inside torch.compile the call is one operator of the graph, forward and backward; make masks outside the compiled function.
+
     Time: the allowed pairs, in blocks. Memory: O(T) with every implementation but "reference".
     Errors: ShapeError, OptionError, UnsupportedError, UnknownNameError. Vaswani et al. 2017, arXiv:1706.03762.
     """
@@ -87,6 +91,9 @@ def attention(
         if return_aux.state:
             raise UnsupportedError(f"attention(return_aux={return_aux!r}): softmax attention has no recurrent state")
         need_lse = return_aux.lse
+    if torch.compiler.is_compiling():
+        out, lse = traced(q, k, v, mask=mask, score_mod=score_mod, scale=scale, sink=sink, seq=seq, impl=impl, need_lse=need_lse)
+        return out if return_aux is None else (out, Aux(lse=lse))
     call = make_call(q, k, v, mask=mask, score_mod=score_mod, scale=scale, sink=sink, seq=seq, need_lse=need_lse)
     out, lse = run_call(call, impl)
     return out if return_aux is None else (out, Aux(lse=lse))

@@ -65,10 +65,6 @@ def _cpu_supports(call: AttentionCall) -> str | None:
     )
 
 
-def _cpu_steps_aside(call: AttentionCall) -> str | None:
-    return cpu.untraceable(call.mask, call.score_mod)
-
-
 def _cpu_run(call: AttentionCall) -> Result:
     q, k, v = (x[None] if call.packed else x for x in (call.q, call.k, call.v))
     out, lse = cpu.attention(
@@ -121,7 +117,7 @@ def _reference_run(call: AttentionCall) -> Result:
 
 IMPLS: dict[str, tuple[Impl, ...]] = {
     "attention": (
-        Impl("cpu", _cpu_supports, _cpu_run, _cpu_steps_aside),
+        Impl("cpu", _cpu_supports, _cpu_run),
         Impl("sdpa", _sdpa_supports, _sdpa_run, _sdpa_steps_aside),
         Impl("blocked", _never, _blocked_run),
         Impl("reference", _never, _reference_run),

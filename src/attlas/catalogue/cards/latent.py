@@ -19,7 +19,7 @@ CARDS = (
         time="O(n^2 h (d_n + d_r + d_v) / 2) expanded; O(h (2 r + d_r)) per cached token when decoding, for a latent of r",
         memory="O(n h (d_n + d_r + d_v)) for the expanded keys and values",
         cache="r + d_r per token: the normed latent and the rotated key that all heads share",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "compile"}),
         caveats=(
             "the scale is that of the expanded width (192 in DeepSeek-V3), in the absorbed form too",
             "rotary pairs are interleaved, as in the released checkpoints; a Rope with interleaved=False is for permuted ones",

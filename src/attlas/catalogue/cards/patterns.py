@@ -24,7 +24,7 @@ CARDS = (
         time="O(n w d)",
         memory="O(n d)",
         cache="at most 2 h d_h w: the current block",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa", "compile"}),
         caveats=(
             "not a sliding window: the first token of a block sees only itself, and no information crosses blocks in one layer",
         ),
@@ -48,7 +48,7 @@ CARDS = (
         time="O(n w d)",
         memory="O(n d)",
         cache="at most 2 h d_h w, slot = position mod w",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa", "compile"}),
         caveats=(
             "w counts the token itself; other libraries count otherwise (flash-attn's window_size=(w - 1, 0) is this w)",
             "tokens further back reach the output only through deeper layers, w - 1 per layer",
@@ -98,7 +98,7 @@ CARDS = (
         time="O(n (w + g) d), g global tokens",
         memory="O(n d)",
         cache="at most 2 h d_h (w + g) when the global tokens come first, else 2 h d_h per token",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa", "compile"}),
         caveats=(
             "one set of projections; Longformer projects global tokens with weights of their own (card longformer)",
             "in the causal form a global token still sees only what came before it",
@@ -124,7 +124,7 @@ CARDS = (
         time="O(n (w + s) d)",
         memory="O(n d)",
         cache="at most 2 h d_h (w + s)",
-        supports=frozenset({"causal", "packed", "decode", "bounded-cache", "backward", "gqa"}),
+        supports=frozenset({"causal", "packed", "decode", "bounded-cache", "backward", "gqa", "compile"}),
         caveats=(
             "tokens that left the window are forgotten: it streams, it does not extend the context",
             "positions inside the cache need a relative code; here rotary (sink_positions='absolute' keeps true distances)",
@@ -150,7 +150,7 @@ CARDS = (
         time="O(n^2 d), or O(n w d) with a window",
         memory="O(n d)",
         cache="2 h d_h per token, at most w tokens with a window",
-        supports=frozenset({"causal", "packed", "decode", "bounded-cache", "backward", "gqa"}),
+        supports=frozenset({"causal", "packed", "decode", "bounded-cache", "backward", "gqa", "compile"}),
         caveats=(
             "the weights of a row sum to less than 1",
             "the logit starts at 0, so an untrained layer is not plain attention",

@@ -40,20 +40,6 @@ def _missing() -> str | None:
     return status() if load() is None else None
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import the compiler, which takes seconds at every start.
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def untraceable(mask: Mask | None, score_mod: ScoreMod | None) -> str | None:
-    """Why a call inside torch.compile should go elsewhere: a mask is compiled to a BlockMap by code that cannot be traced.
-
-    With a BlockMap made outside the compiled function, `torch_ops.cpu_attention` runs in one graph.
-    """
-    if torch.compiler.is_compiling() and (mask is not None or score_mod is not None):
-        return "inside torch.compile it runs without mask and score_mod only (a BlockMap is not made while tracing)"
-    return None
-
-
 def _links(mod: ScoreMod | None) -> tuple[ScoreMod, ...]:
     if mod is None:
         return ()
@@ -207,13 +193,41 @@ def attention(
         args = _op_args(score_mod, q, grid)
         lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int64)
         left = -1 if seen.left is None else seen.left
-        decode = torch_ops.cpu_decode if torch.compiler.is_compiling() else torch_ops.decode
-        return decode(q, k, v, lengths, None, scale, seen.causal, left, seen.sinks, args.softcap, args.alibi, sink)
-    if mask is None and len(grid.q.ids | grid.k.ids) > 1:
-        mask = All()
-    whole = mask is None or (isinstance(mask, All) and len(grid.q.ids | grid.k.ids) < 2)
-    block_map = None if whole or mask is None else mask.block_map(grid, block_q=BLOCK, block_k=BLOCK, device="cpu")
-    blocks, shape = torch_ops.map_tensors(block_map, backward=needs_grad)
+        return torch_ops.decode(q, k, v, lengths, None, scale, seen.causal, left, seen.sinks, args.softcap, args.alibi, sink)
+    blocks, shape = _blocks(mask, grid, needs_grad)
     a = _op_args(score_mod, q, grid)
-    run = torch_ops.cpu_attention if needs_grad or torch.compiler.is_compiling() else torch_ops.attention
+    run = torch_ops.cpu_attention if needs_grad else torch_ops.attention
     return run(q, k, v, blocks, shape, scale, sink, a.codes, a.softcap, a.alibi, a.bias, a.positions)
+
+
+def _blocks(mask: Mask | None, grid: Grid, backward: bool) -> tuple[list[Tensor], list[int]]:
+    """The mask's BlockMap as the operators take it."""
+    several = len(grid.q.ids | grid.k.ids) > 1
+    if mask is None and several:
+        mask = All()
+    whole = mask is None or (isinstance(mask, All) and not several)
+    block_map = None if whole or mask is None else mask.block_map(grid, block_q=BLOCK, block_k=BLOCK, device="cpu")
+    return torch_ops.map_tensors(block_map, backward=backward)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None,
+    grid: Grid,
+    score_mod: ScoreMod | None,
+    scale: float,
+    sink: Tensor | None,
+    saved: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of q, k, v and (if there is one) sink, from saved = (out, lse, dout, dlse); score_mod must hold no tensors."""
+    assert score_mod is None or not score_mod.tensors()
+    a = _op_args(score_mod, q, grid)
+    wide = None if sink is None else sink.float()
+    blocks, shape = _blocks(mask, grid, True)
+    dq, dk, dv, dsink, _ = torch_ops.attention_backward(
+        q, k, v, blocks, shape, scale, wide, a.codes, a.softcap, a.alibi, a.bias, a.positions, saved, False
+    )
+    return [dq, dk, dv] if sink is None else [dq, dk, dv, dsink.to(sink.dtype)]

@@ -22,10 +22,12 @@ class CacheError(AttlasError):
 class PartSpec:
     """What a part holds.
 
-    kind     "kv" (keys and values) or "latent" (compressed keys and values): tensors per token; "state": tensors per sequence
+    kind     "kv" (keys and values), "latent" (compressed keys and values) or "tokens" (anything else): tensors per token;
+             "lookahead": tensors per token that later tokens change; "state": tensors per sequence
     tensors  (name, shape per token or sequence), e.g. (("k", (Hkv, D)), ("v", (Hkv, Dv)))
     window   how many of the last tokens, the newest included, later tokens may still ask for; None = all
     sinks    how many of the first tokens stay besides the window
+    group    one entry of the tensors stands for this many tokens; window and sinks then count entries
     dtype    None = the dtype of the cache
     """
 
@@ -34,6 +36,7 @@ class PartSpec:
     window: int | None = None
     sinks: int = 0
     dtype: torch.dtype | None = None
+    group: int = 1
 
     def __post_init__(self) -> None:
         tensors = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in self.tensors)
@@ -41,11 +44,13 @@ class PartSpec:
         names = [name for name, _ in tensors]
         if not names or len(set(names)) != len(names):
             raise OptionError(f"{self}: the tensors need distinct names")
-        if (self.window is not None and self.window < 1) or self.sinks < 0:
-            raise OptionError(f"{self}: window must be at least 1 (it counts the newest token) and sinks at least 0")
+        if (self.window is not None and self.window < 1) or self.sinks < 0 or self.group < 1:
+            raise OptionError(
+                f"{self}: window must be at least 1 (it counts the newest token), sinks at least 0, group at least 1"
+            )
 
     def elements(self) -> int:
-        """Numbers held per token."""
+        """Numbers held per token (or per group of tokens)."""
         return sum(torch.Size(shape).numel() for _, shape in self.tensors)
 
 
@@ -78,6 +83,7 @@ class Part(ABC):
     """
 
     spec: PartSpec
+    cascade: bool = False  # read pages that all rows of a step share once for all of them; a row's bits then depend on its company
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attlas.cache.part import CacheError, Part, PartSpec
 from attlas.errors import DataError, ShapeError, UnsupportedError
+from attlas.kernels.cpu.pages import large_pages
 from attlas.masks.geometry import Axis, Segment
 from attlas.shapes import SeqInfo, describe
 
@@ -19,7 +20,7 @@ Span = tuple[int | None, int | None]
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised storage that can be written inside and outside of inference mode."""
     with torch.inference_mode(False):
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
+        return large_pages(torch.empty(tuple(shape), dtype=dtype, device=device))
 
 
 def axis_of(*runs: tuple[int, int]) -> Axis:

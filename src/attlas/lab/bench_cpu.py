@@ -5,7 +5,8 @@ python -m attlas.lab.bench_cpu [case ...]
 Each case is checked first: a sample of query rows (and their gradients) against the reference in fp64, with an error of at
 most twice that of the naive formula in the same dtype. Then everything is timed in turns, the machine's matrix product and
 copy among it, so that all ratios of a row come from one run. Rates: useful FLOP (pairs that the mask allows: 4 D a pair
-forward, 10 D backward) over the matrix product's rate; bytes of keys and values over the copy's (bytes read plus written).
+forward, 10 D backward) over the matrix product's rate; bytes of keys and values over the copy's (bytes read plus written, of
+ordinary torch tensors; the seconds also have a plain read of 256 MiB).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from attlas.errors import OptionError
 from attlas.kernels.cpu import launch
 from attlas.kernels.cpu.library import status
+from attlas.kernels.cpu.pages import large_pages
 from attlas.lab.measure import Thunk, machine_stamp, time_interleaved
 from attlas.masks import Causal, Global, Grid, Mask, Random, Window
 from attlas.masks.geometry import Axis
@@ -109,7 +111,7 @@ def measure(case: Case, repeats: int, flex: bool, naive: bool, max_seconds: floa
     torch.manual_seed(0)
     t = 1 if case.kind in ("decode", "paged") else case.tokens
     q = torch.randn(case.batch, t, case.heads, case.dim).to(case.dtype)
-    k, v = (torch.randn(case.batch, case.tokens, case.kv_heads, case.dim).to(case.dtype) for _ in range(2))
+    k, v = (keys(case) for _ in range(2))
     check(case, q, k, v)
     contenders = {"attlas": subject(case, q, k, v), **peers(case, q, k, v, flex, naive), **limits(case)}
     if case.kind == "paged":
@@ -134,6 +136,13 @@ def measure(case: Case, repeats: int, flex: bool, naive: bool, max_seconds: floa
     return row
 
 
+def keys(case: Case) -> Tensor:
+    """Keys or values; those of a cache lie on large pages, as in the parts of attlas.cache."""
+    shape = case.batch, case.tokens, case.kv_heads, case.dim
+    made = torch.empty(shape, dtype=case.dtype)
+    return (large_pages(made) if case.kind in ("decode", "paged") else made).copy_(torch.randn(shape))
+
+
 def subject(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Thunk:
     """The measured call, attlas with impl="cpu" named outright so that nothing else can run in its place."""
     if case.kind == "decode":
@@ -142,7 +151,7 @@ def subject(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Thunk:
     if case.kind == "paged":
         page, scale, length = 16, 1 / math.sqrt(case.dim), [case.tokens] * case.batch
         order = torch.randperm(case.batch * case.tokens // page)
-        pages = [torch.empty(len(order), page, case.kv_heads, case.dim, dtype=case.dtype) for _ in range(2)]
+        pages = [large_pages(torch.empty(len(order), page, case.kv_heads, case.dim, dtype=case.dtype)) for _ in range(2)]
         for target, source in zip(pages, (k, v), strict=True):
             target[order] = source.view(target.shape)
         table = order.view(case.batch, -1).int()
@@ -196,7 +205,7 @@ def limits(case: Case) -> dict[str, Thunk]:
     if case.kind in ("decode", "paged"):
         source = torch.ones(COPY_FLOATS)
         target = torch.empty_like(source)
-        return {"copy": lambda: target.copy_(source)}
+        return {"copy": lambda: target.copy_(source), "read": source.sum}
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(case.dtype) for _ in range(2))
     out = torch.empty_like(a)
     return {"gemm": lambda: torch.mm(a, b, out=out)}

@@ -73,7 +73,8 @@ def attention_cached(
     Cost: a few queries per sequence run as one kernel call over the storage, whatever the lengths, where the kernel knows the
     mask and the part still holds every token (see `attlas.ops.decode`); else one dense call when all sequences stand at one
     position and the part has one view of their rows; else one call per sequence. Which of them a sequence gets never changes what
-    it computes, and sequences do not see each other.
+    it computes, and sequences do not see each other. A part with `cascade` set reads pages that all rows share (a common prefix)
+    once for all queries; the results then differ by rounding.
     Raises ShapeError, OptionError, UnsupportedError (also when the mask allows tokens that the part has dropped).
     """
     need_lse = _wants_lse(return_aux)

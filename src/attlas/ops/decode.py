@@ -15,6 +15,7 @@ from attlas.kernels.cpu.launch import DTYPES, Visible
 from attlas.kernels.cpu.library import MAX_DIM, load
 from attlas.kernels.cpu.torch_ops import decode
 from attlas.masks.expr import Mask
+from attlas.ops.merge import merge
 from attlas.scores import Alibi, Chain, ScoreMod, Softcap
 
 
@@ -74,3 +75,35 @@ def decode_pages(
     see = rule.visible
     left = -1 if see.left is None else see.left
     return decode(q, *pages, count, block_table, rule.scale, see.causal, left, see.sinks, rule.softcap, rule.alibi, rule.sink)
+
+
+# Reading a prefix once for all pays from about here on: below, two kernel calls and a merge cost more than the keys.
+CASCADE_ROWS, CASCADE_TOKENS = 2, 256
+
+
+def shared_tokens(block_table: Tensor, page_size: int, lengths: tuple[int, ...], n: int, rule: DecodeRule) -> int:
+    """Leading tokens that all sequences hold in the same pages, before the n newest tokens of each; 0 where a cascade does not pay,
+    or where the rule tells those tokens apart (a window, sinks, ALiBi)."""
+    see = rule.visible
+    if len(lengths) < CASCADE_ROWS or see.left is not None or see.sinks or rule.alibi is not None:
+        return 0
+    blocks = max(0, min(lengths) - n) // page_size
+    differ = (block_table[:, :blocks] != block_table[:1, :blocks]).any(0)
+    shared = (int(differ.to(torch.int8).argmax()) if bool(differ.any()) else blocks) * page_size
+    return shared if shared >= CASCADE_TOKENS else 0
+
+
+def cascade_pages(
+    q: Tensor, pages: tuple[Tensor, Tensor], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule, shared: int
+) -> tuple[Tensor, Tensor]:
+    """`decode_pages` with the first `shared` tokens (whole pages, the same for all) read once for all queries, and merged with what each
+    sequence has of its own. Equal up to rounding. Bytes read: the prefix, and each tail."""
+    rows, n = q.shape[:2]
+    blocks, see = shared // pages[0].shape[1], rule.visible
+    together = q.flatten(0, 1)[None]
+    count = torch.tensor([shared], dtype=torch.int64)
+    out, lse = decode(together, *pages, count, block_table[:1, :blocks], rule.scale, False, -1, 0, rule.softcap, None, None)
+    prefix = out[0].unflatten(0, (rows, n)), lse[0].unflatten(0, (rows, n))
+    own, tails = torch.tensor(lengths, dtype=torch.int64) - shared, block_table[:, blocks:]
+    tail = decode(q, *pages, own, tails, rule.scale, see.causal, -1, 0, rule.softcap, None, rule.sink)
+    return merge([prefix, tail])

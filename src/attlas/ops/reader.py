@@ -19,7 +19,7 @@ from attlas.masks.explicit import PerHead
 from attlas.masks.expr import And, Mask, Or
 from attlas.masks.geometry import Axis, Grid, Segment
 from attlas.ops.call import AttentionCall, make_call
-from attlas.ops.decode import DecodeRule, decode_pages, rule_for
+from attlas.ops.decode import DecodeRule, cascade_pages, decode_pages, rule_for, shared_tokens
 from attlas.ops.select import run_call
 from attlas.scores import ScoreMod
 from attlas.shapes import SeqInfo, describe
@@ -50,6 +50,8 @@ class Table(Protocol):
 
 class KeyValuePart(Protocol):
     """What reading asks of a cache part; attlas.cache.part.Part has it."""
+
+    cascade: bool
 
     @property
     def rows(self) -> int: ...
@@ -148,7 +150,11 @@ class Reader:
         k, v = table.tensors
         self._call(q[:1, :0], (k[:1, :0], v[:1, :0]), NOWHERE, NOWHERE, self.mask, self.score_mod)  # the kernel checks nothing
         lengths = tuple(self.part.lengths[self.seq.rows[i]] for i in group)
-        out, lse = decode_pages(q, (k, v), table.block_table, lengths, rule)
+        shared = shared_tokens(table.block_table, k.shape[1], lengths, n, rule) if self.part.cascade else 0
+        if shared:
+            out, lse = cascade_pages(q, (k, v), table.block_table, lengths, rule, shared)
+        else:
+            out, lse = decode_pages(q, (k, v), table.block_table, lengths, rule)
         return out, lse if self.need_lse else None
 
     # ---- by reading ---------------------------------------------------------------------------------------------------------

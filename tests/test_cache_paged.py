@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attlas.cache import CacheError, OutOfPagesError, PagedPart, PagePool, PartSpec, RingPart
-from attlas.errors import OptionError
+from attlas.cache import CacheError, OutOfPagesError, PagedPart, PagePool, PartSpec, RingPart, make_cache
+from attlas.errors import OptionError, UnsupportedError
 from attlas.shapes import SeqInfo
 
 SHAPES = (("k", (2, 3)), ("v", (5,)))
@@ -189,6 +189,24 @@ def test_a_window_gives_back_the_pages_that_lie_outside():
     part.reset()
     part.pool.check()
     assert part.pool.used == 0
+
+
+def test_a_rollback_keeps_pages_that_a_window_alone_would_give_back():
+    for rollback, pages in ((0, 2), (9, 3)):
+        cache = make_cache([spec(11)], 1, 64, layout="paged", page_size=PAGE, rollback=rollback)
+        part = cache.parts[0]
+        write(part, {0: 36})
+        cache.end_step()
+        assert part.pool.used == pages  # 36 - 11 = 25 lies in block 3 of 5, 36 - 20 = 16 in block 2
+        if rollback:
+            cache.truncate([36 - rollback - 1])
+            write(part, {0: 2})
+            assert contents(part, 0) == list(range(16, 28)) and part.missing(0) == (0, 16)
+        else:
+            with pytest.raises(UnsupportedError, match="the shortest possible length is 34"):
+                cache.truncate([26])
+    with pytest.raises(OptionError, match="rollback"):
+        make_cache([spec()], 1, layout="paged", rollback=-1)
 
 
 def test_a_window_keeps_a_loaded_page_that_holds_both_ends_of_a_gap():

@@ -45,9 +45,8 @@ def test_results_are_those_of_each_row_alone(n, score_mod, sunk):
     rows = tuple(r for r in range(ROWS) if TAILS[r] >= n)
     q = queries(n)[: len(rows) * n]
     sink = torch.linspace(-1, 1, 6) if sunk else None
-    call = dict(
-        seq=SeqInfo((n,) * len(rows), ids=rows), mask=Causal(), score_mod=score_mod, sink=sink, return_aux=AuxRequest(lse=True)
-    )
+    seq = SeqInfo((n,) * len(rows), ids=rows)
+    call = {"seq": seq, "mask": Causal(), "score_mod": score_mod, "sink": sink, "return_aux": AuxRequest(lse=True)}
     want, want_aux = attention_cached(q.double(), part, **call)
     part.cascade = True
     got, aux = attention_cached(q, part, **call)

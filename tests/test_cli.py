@@ -46,7 +46,21 @@ def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "attlas", *arguments], capture_output=True, text=True, **options)
 
 
-COMMANDS = ("list", "show", "draw", "explain", "compare", "generate", "bench masks", "bench attention", "bench scan")
+COMMANDS = (
+    "list",
+    "show",
+    "draw",
+    "explain",
+    "compare",
+    "generate",
+    "chat",
+    "serve",
+    "bench masks",
+    "bench attention",
+    "bench scan",
+    "bench scaling",
+    "bench serve",
+)
 
 
 # ---- the whole
@@ -301,7 +315,7 @@ def test_generate_with_a_model_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"eos_token_id": [0, 1, 2]}')
     model = Transformer(language_model(3, 8, 1, 2), seed=1)
-    monkeypatch.setattr("attlas.cli.generate.local_model", lambda path: model)
+    monkeypatch.setattr("attlas.models.load.load_model", lambda path: model)
     found = answer("generate", "a b b", "--model", str(tmp_path))[0]
     assert found["prompt_ids"] == [0, 1, 1]
     assert len(found["ids"]) == 1 and found["text"] in ("a", "b", "?")  # every token ends a sequence here

@@ -43,7 +43,7 @@ def test_readme_command_lines_are_understood():
     assert len(lines) >= 5
     for line in lines:
         _, *arguments = shlex.split(line, comments=True)
-        measures = arguments[0] in ("compare", "bench", "generate")
+        measures = arguments[0] in ("compare", "bench", "generate", "chat", "serve")
         done = CliRunner().invoke(app, [arguments[0], "--help"] if measures else arguments)
         assert done.exit_code == 0, f"{line}\n{done.output}"
 

@@ -22,9 +22,15 @@ LARGE: dict[str, dict[str, Any]] = {
     "longformer": {"window": 256, "tokens": (0, 1)},
     "bigbird": {"block": 64},
     "learned-sink": {"window": 256},
+    "reformer": {"chunk": 64, "rounds": 2, "causal": True},
+    "clustered": {"clusters": 64},
+    "improved-clustered": {"clusters": 64, "topk": 32},
+    "routing": {"clusters": 32, "window": 256},
     "strided": {"stride": 256},
     "fixed": {"block": 256},
     "block-sparse": {"layout": BAND | BAND.roll(1, 0), "block_size": 256},
+    "hierarchical": {"block": 16},
+    "axial": {"shape": (32, 256)},
 }
 
 

@@ -50,7 +50,15 @@ ALLOWED = {
     "numpy": {"models", "lab"},
     "safetensors": {"models"},
     "gguf": {"models"},
-    "tokenizers": {"models", "cli"},
+    "tokenizers": {"models", "engine", "serve", "cli"},
+    "jinja2": {"engine"},
+    "llguidance": {"engine"},
+    "fastapi": {"serve"},
+    "starlette": {"serve"},
+    "pydantic": {"serve"},
+    "uvicorn": {"serve"},
+    "prometheus_client": {"serve"},
+    "llama_cpp": {"lab"},
     "plotly": {"lab"},
     "matplotlib": {"lab"},
     "typer": {"cli"},
@@ -60,7 +68,8 @@ ALLOWED = {
     "flashinfer": {"kernels"},
     "fla": {"kernels"},
 }
-AT_THE_TOP = {("cli", "typer"), ("cli", "rich"), ("kernels", "triton")}
+SERVER = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+AT_THE_TOP = {("cli", "typer"), ("cli", "rich"), ("kernels", "triton"), *(("serve", library) for library in SERVER)}
 
 MAX_LINES, MAX_KERNEL_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 700, 80, 12
 MARKS_OF_UNFINISHED_WORK = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attlas.cache.contiguous import ContiguousPart
+from attlas.cache.grouped import GroupedPart
+from attlas.cache.lookahead import LookaheadPart
 from attlas.cache.paged import PagedPart
 from attlas.cache.part import Part, PartSpec
 from attlas.cache.pool import PagePool
@@ -110,23 +113,28 @@ def make_cache(
     max_len   longest sequence: storage for it is allocated at once, and a longer one is an error; None = grows
     layout    "contiguous": one array, or a rolling buffer where the spec has a window; "paged": pages, from a pool of the part's
               own (rows * ceil(max_len / page_size) pages). Parts over a shared pool: `Cache([PagedPart(spec, rows, pool), ...])`
-    rollback  tokens that a rolling buffer keeps beyond its window, so that rollback + 1 tokens can be truncated between steps
+    rollback  tokens that a rolling buffer or the pages of a window keep beyond the window, so that rollback + 1 tokens can be
+              truncated between steps (without a window all can be; a state takes none back, it is forked instead)
     dtype     None = torch's default; a spec's own dtype wins
     """
-    call = f"make_cache(rows={rows}, max_len={max_len}, layout={layout!r}, page_size={page_size})"
-    if rows < 1 or (max_len is not None and max_len < 0):
-        raise OptionError(f"{call}: rows must be at least 1 and max_len not negative")
+    call = f"make_cache(rows={rows}, max_len={max_len}, layout={layout!r}, page_size={page_size}, rollback={rollback})"
+    if rows < 1 or (max_len is not None and max_len < 0) or rollback < 0:
+        raise OptionError(f"{call}: rows must be at least 1, max_len and rollback not negative")
     if layout not in LAYOUTS:
         raise OptionError(f"{call}: {suggest(str(layout), LAYOUTS)}")
 
-    def make(spec: PartSpec) -> Part:
+    def make(spec: PartSpec, max_len: int | None = max_len) -> Part:
+        if spec.group > 1:
+            return GroupedPart(spec, make(replace(spec, group=1), None if max_len is None else max_len // spec.group))
+        if spec.kind == "lookahead":  # not one of KINDS: it cannot lie in a pool that sequences share
+            return LookaheadPart(spec, rows, max_len, dtype=dtype, device=device)
         if spec.kind not in KINDS:
             raise OptionError(f"{call}: no part of kind {spec.kind!r}; {suggest(spec.kind, KINDS)}")
         if spec.kind == "state":
             return StatePart(spec, rows, dtype, device)
         if layout == "paged":
             pages = None if max_len is None else rows * -(-max_len // page_size)
-            return PagedPart(spec, rows, PagePool(spec, pages, page_size, dtype=dtype, device=device))
+            return PagedPart(spec, rows, PagePool(spec, pages, page_size, dtype=dtype, device=device), rollback=rollback)
         if spec.window is None:
             return ContiguousPart(spec, rows, max_len, dtype=dtype, device=device)
         return RingPart(spec, rows, max_len, rollback=rollback, dtype=dtype, device=device)

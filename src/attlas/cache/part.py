@@ -83,7 +83,7 @@ class Part(ABC):
     """
 
     spec: PartSpec
-    cascade: bool = False  # read pages that all rows of a step share once for all of them; a row's bits then depend on its company
+    cascade: bool = False  # read pages that rows of a step share once for all of them; a row's bits then depend on its company
 
     @property
     @abstractmethod

@@ -17,9 +17,13 @@ MODULES = (
     "attlas.catalogue.cards.patterns:CARDS",
     "attlas.catalogue.cards.sparse_transformer:CARDS",
     "attlas.catalogue.cards.linear:CARDS",
+    "attlas.catalogue.cards.convolution:CARDS",
     "attlas.catalogue.cards.latent:CARDS",
+    "attlas.catalogue.cards.heads:CARDS",
     "attlas.catalogue.cards.sparse:CARDS",
     "attlas.catalogue.cards.lowrank:CARDS",
+    "attlas.catalogue.cards.multiscale:CARDS",
+    "attlas.catalogue.cards.content:CARDS",
 )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from attlas._version import __version__
-from attlas.cli.lab import bench_attention, bench_masks, bench_memory, bench_scan, compare
+from attlas.cli.lab import bench_attention, bench_masks, bench_memory, bench_scaling, bench_scan, bench_serve, compare
 from attlas.cli.options import lazy_command
 from attlas.cli.output import guarded
 
@@ -126,6 +126,18 @@ def request() -> Callable[..., None]:
     return build()
 
 
+def server() -> Callable[..., None]:
+    from attlas.cli.serve import build
+
+    return build()
+
+
+def conversation() -> Callable[..., None]:
+    from attlas.cli.chat import build
+
+    return build()
+
+
 @app.command(cls=lazy_command(question))
 def explain() -> None:
     """Ask which implementation of attention would run for a call, and why each other one would not.
@@ -150,6 +162,8 @@ bench.command("masks", cls=lazy_command(bench_masks), help=bench_masks.__doc__)(
 bench.command("attention", cls=lazy_command(bench_attention), help=bench_attention.__doc__)(lambda: None)
 bench.command("memory", cls=lazy_command(bench_memory), help=bench_memory.__doc__)(lambda: None)
 bench.command("scan", cls=lazy_command(bench_scan), help=bench_scan.__doc__)(lambda: None)
+bench.command("scaling", cls=lazy_command(bench_scaling), help=bench_scaling.__doc__)(lambda: None)
+bench.command("serve", cls=lazy_command(bench_serve), help=bench_serve.__doc__)(lambda: None)
 
 
 @app.command(cls=lazy_command(request))
@@ -165,4 +179,32 @@ def generate() -> None:
         attlas generate 'Once' 'Twice' --model model.gguf --tokenizer tokenizer.json --temperature 0.8 --top-p 0.95
 
         attlas generate 'any text' --mechanism sliding-window --set window=16 --json
+    """
+
+
+@app.command(cls=lazy_command(conversation))
+def chat() -> None:
+    """Talk to a local model in the terminal; Ctrl-C stops an answer, not the chat.
+
+    Examples:
+
+        attlas chat --model models/tiny-llama
+
+        attlas chat --model model.gguf --system 'Answer in one sentence.' --temperature 0.3
+    """
+
+
+@app.command(cls=lazy_command(server))
+def serve() -> None:
+    """Serve a model with the OpenAI API: chat, completions, tokens, metrics, and a page that shows the cache.
+
+    Listens on this machine alone unless told otherwise. --json prints the address as JSON once it is bound.
+
+    Examples:
+
+        attlas serve --model models/tiny-llama
+
+        attlas serve --model model.gguf --host 0.0.0.0 --port 8080 --api-key one --api-key two
+
+        ATTLAS_API_KEY=secret attlas serve --model model.gguf --max-running 64 --cache-mib 4096 --json
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attlas.cli.options import from_dataclass
 from attlas.cli.output import note, write_json
 from attlas.cli.parse import settings
-from attlas.errors import AttlasError, OptionError, UnsupportedError
+from attlas.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from attlas.models.transformer import Transformer
@@ -81,24 +81,6 @@ class Numbers:
         return ",".join(map(str, ids))
 
 
-class Pieces:
-    """A tokenizer.json."""
-
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every unreadable file
-            raise AttlasError(f"cannot read the tokenizer {path}: {error}") from error
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids)))
-
-
 def build() -> Callable[..., None]:
     return from_dataclass(lambda: Request, answer)()
 
@@ -118,16 +100,6 @@ def random_model(request: Request) -> tuple[Transformer, bool]:
     return Transformer(config, seed=request.seed), "decode" in known.supports
 
 
-def local_model(path: Path) -> Transformer:
-    if path.suffix == ".gguf":
-        from attlas.models.gguf import from_gguf
-
-        return from_gguf(path)
-    from attlas.models.weights import from_pretrained
-
-    return from_pretrained(path)
-
-
 def ends(path: Path | None) -> list[int]:
     """The token ids at which the model says it stops, where its config.json names them."""
     config = path / "config.json" if path is not None else None
@@ -138,16 +110,44 @@ def ends(path: Path | None) -> list[int]:
 
 
 def codec(request: Request) -> Codec:
+    from attlas.engine.tokenizer import load_tokenizer
+
     if request.ids:
         return Numbers()
     if request.tokenizer is not None:
-        return Pieces(request.tokenizer)
+        return load_tokenizer(request.tokenizer)
     if request.model is None:
         return Bytes()
-    beside = request.model / "tokenizer.json"
-    if beside.is_file():
-        return Pieces(beside)
+    if request.model.suffix == ".gguf" or (request.model / "tokenizer.json").is_file():
+        return load_tokenizer(request.model)
     raise OptionError(f"{request.model} brings no tokenizer.json: name one with --tokenizer, or give token ids with --ids")
+
+
+def continued(model: Transformer, prompts: list[list[int]], stops: frozenset[int], request: Request) -> list[list[int]]:
+    """The new tokens of each prompt, from an engine that runs them together."""
+    from attlas.engine.engine import Engine
+    from attlas.engine.options import EngineOptions
+    from attlas.engine.request import SamplingParams
+
+    if not request.new_tokens:
+        return [[] for _ in prompts]
+    longest = max(map(len, prompts)) + request.new_tokens
+    engine = Engine(model, options=EngineOptions(max_len=longest, max_running=min(len(prompts), 32)))
+    new: list[list[int]] = [[] for _ in prompts]
+    for b, ids in enumerate(prompts):
+        params = SamplingParams(
+            max_tokens=request.new_tokens,
+            temperature=request.temperature,
+            top_k=request.top_k or 0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=request.seed + b,
+            stop_token_ids=tuple(stops),
+        )
+        engine.add(str(b), ids, params)
+    while engine.has_work():
+        for output in engine.step():
+            new[int(output.request_id)] += output.token_ids
+    return new
 
 
 def answer(request: Request, as_json: bool) -> None:
@@ -156,24 +156,26 @@ def answer(request: Request, as_json: bool) -> None:
     if request.model is not None and (request.option or request.mechanism != "causal"):
         raise OptionError("--mechanism and --set describe a random model; --model brings its own mechanisms")
     from attlas.models.generate import generate
+    from attlas.models.load import load_model
+    from attlas.models.sampling import check_sampling
 
     speech = codec(request)
     prompts = [speech.encode(text) for text in request.prompts]
-    model, cached = random_model(request) if request.model is None else (local_model(request.model), True)
+    model, cached = random_model(request) if request.model is None else (load_model(request.model), True)
     vocabulary = model.config.vocab_size
     if wrong := [i for ids in prompts for i in ids if not 0 <= i < vocabulary]:
         raise OptionError(f"token ids {wrong[:5]} are outside the model's vocabulary of {vocabulary}")
-    new = generate(
-        model,
-        prompts,
-        request.new_tokens,
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        seed=request.seed,
-        eos=ends(request.model),
-        use_cache=cached,
-    )
+    check_sampling(request.temperature, request.top_k, request.top_p)
+    if request.model is not None:
+        new = continued(model, prompts, getattr(speech, "ends", frozenset()) | frozenset(ends(request.model)), request)
+    else:
+        rules: dict[str, Any] = {
+            "temperature": request.temperature,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
+        new = generate(model, prompts, request.new_tokens, use_cache=cached, **rules)
     results: list[dict[str, Any]] = [
         {"prompt": text, "prompt_ids": ids, "text": speech.decode(added), "ids": added}
         for text, ids, added in zip(request.prompts, prompts, new, strict=True)

@@ -113,6 +113,20 @@ def bench_memory() -> Callable[..., None]:
     return bench("attlas.lab.bench_memory")
 
 
+def bench_scaling() -> Callable[..., None]:
+    """Long sequences: growth of time with length, Longformer and BigBird beside transformers, decoding from a latent.
+
+    Examples:
+
+        attlas bench scaling
+
+        attlas bench scaling --only longformer --only bigbird --parts peers
+
+        attlas bench scaling --parts growth --lengths 1024,2048,4096,8192 --picture growth.html --json
+    """
+    return bench("attlas.lab.bench_scaling")
+
+
 def bench_scan() -> Callable[..., None]:
     """The linear recurrence and the long convolution: share of the matrix product's rate, growth with length, cost of a decode
     step.
@@ -126,15 +140,36 @@ def bench_scan() -> Callable[..., None]:
     return bench("attlas.lab.bench_scan")
 
 
+def bench_serve() -> Callable[..., None]:
+    """Serving: one request, many against a static batch, shared prefixes, goodput under Poisson arrivals, and what must cost
+    nothing.
+
+    Examples:
+
+        attlas bench serve
+
+        attlas bench serve --only 'shared prefix' --only 'no hits' --json
+
+        attlas bench serve --model tiny
+    """
+    return bench("attlas.lab.bench_serve")
+
+
 def bench(module: str) -> Callable[..., None]:
     """A command with the keyword parameters of the module's `run` as options, that shows what its `table` makes of the result."""
+    import typer
+
     from attlas.cli.options import from_dataclass, options_of
-    from attlas.cli.output import write_json
+    from attlas.cli.output import note, write_json
 
     lab = import_module(module)
 
     def action(options: Any, as_json: bool) -> None:
-        result = lab.run(**vars(options))
+        try:
+            result = lab.run(**vars(options))
+        except AssertionError as wrong:  # a result was wrong, so nothing was timed
+            note(f"attlas: {wrong}")
+            raise typer.Exit(1) from None
         if as_json:
             write_json(result)
         else:

@@ -29,6 +29,13 @@ EXTRA_OF = {
     "safetensors": "weights",
     "gguf": "weights",
     "tokenizers": "weights",
+    "fastapi": "serve",
+    "jinja2": "serve",
+    "llguidance": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
     "transformers": "test",
 }
 

@@ -266,7 +266,7 @@ def against_length(results: Results, style: Style, what: str) -> Figure | None:
         data.append(style.trace(label, x=lengths, y=values, **look, **told, **_quartiles(results, label, what, style)))
     if not data:
         return None
-    guides, notes = _guides(data, what)
+    guides, notes = slopes_of(data) if what != "decode" else ([], [])
     alt = f"{TITLES[what].capitalize()} against length."
     if slopes:
         alt += f" Fitted exponents {extremes(slopes, lambda v: f'{v:.2f}')}."
@@ -295,10 +295,8 @@ def _quartiles(results: Results, label: str, what: str, style: Style) -> dict[st
     return {"error_y": bars}
 
 
-def _guides(data: Sequence[Mapping[str, Any]], what: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines of slope 1 and 2 that start below the data of the shortest length."""
-    if what == "decode":
-        return [], []
+def slopes_of(data: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of slope 1 and 2 that start below the data of the shortest length, and their names."""
     start, end = min(t["x"][0] for t in data), max(t["x"][-1] for t in data)
     floor = 0.55 * min(t["y"][0] for t in data)
     top = max(max(t["y"]) for t in data)

@@ -1,7 +1,7 @@
 """The mask algebra: immutable expressions, and the block maps they compile to."""
 
 from attlas.masks.block_map import BlockMap
-from attlas.masks.cell_patterns import Blocks, Random
+from attlas.masks.cell_patterns import Blocks, BlockWindow, Random
 from attlas.masks.explicit import Dense, PerHead
 from attlas.masks.expr import All, Mask, Nothing
 from attlas.masks.geometry import Axis, Grid, Segment
@@ -12,6 +12,7 @@ __all__ = [
     "All",
     "Axis",
     "BlockMap",
+    "BlockWindow",
     "Blocks",
     "Causal",
     "Dense",

@@ -1,4 +1,4 @@
-"""Leaves given by a coarse matrix of blocks: Blocks (a matrix) and Random (a reproducible draw)."""
+"""Leaves that decide by whole blocks: BlockWindow (neighbours), Blocks (a matrix) and Random (a reproducible draw)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,39 @@ from attlas.masks.box import Box, Pairs, TileKeys, three_valued
 from attlas.masks.cells import MAX_CELLS, CellCounts, CellList
 from attlas.masks.options import integer, optional_integer, shorten
 from attlas.masks.placement import on_device
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockWindow(Leaf):
+    """-right <= q // block - k // block <= left: a window that counts whole blocks of `block` positions."""
+
+    block: int
+    left: int
+    right: int
+
+    def __post_init__(self) -> None:
+        call = f"BlockWindow({self.block!r}, {self.left!r}, {self.right!r})"
+        for name, least in (("block", 1), ("left", 0), ("right", 0)):
+            object.__setattr__(self, name, integer(call, name, getattr(self, name), least))
+
+    def evaluate(self, pairs: Pairs) -> Tensor:
+        apart = pairs.q // self.block - pairs.k // self.block
+        return (apart >= -self.right) & (apart <= self.left)
+
+    def classify_box(self, box: Box) -> Tensor:
+        b = self.block
+        q_lo, q_hi = box.of_q(lambda lo, hi: lo // b), box.of_q(lambda lo, hi: hi // b)
+        k_lo, k_hi = box.of_k(lambda lo, hi: lo // b), box.of_k(lambda lo, hi: hi // b)
+        least, most = q_lo - k_hi, q_hi - k_lo
+        return three_valued((least <= self.left) & (most >= -self.right), (most <= self.left) & (least >= -self.right))
+
+    def tile_keys(self, box: Box) -> TileKeys:
+        b = self.block
+        q, k = box.of_q(lambda lo, hi: lo // b), box.of_k(lambda lo, hi: lo // b)
+        return TileKeys((box.q_lo - q * b, box.k_lo - k * b, q - k))
+
+    def hull(self, q_lo: int, q_hi: int) -> Span | None:
+        return (q_lo // self.block - self.left) * self.block, (q_hi // self.block + self.right + 1) * self.block - 1
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)

@@ -49,6 +49,8 @@ class FeedForwardConfig:
     bias               biases on all projections
     experts            0: one dense network. n: n networks behind a linear router (Mixtral)
     experts_per_token  how many experts, those with the largest router probabilities, serve a token; their weights sum to 1
+    shifted            RWKV-4's channel mixing: sigmoid(r(x')) * down(relu2(up(x''))), where x' and x'' are learned mixtures of a
+                       token with the one before it; its cache holds that token. Needs relu2, and neither gates nor biases
     """
 
     hidden: int
@@ -57,9 +59,12 @@ class FeedForwardConfig:
     bias: bool = False
     experts: int = 0
     experts_per_token: int = 2
+    shifted: bool = False
 
     def __post_init__(self) -> None:
         _one_of("FeedForwardConfig", "activation", self.activation, ACTIVATIONS)
+        if self.shifted and (self.activation != "relu2" or self.gated or self.bias or self.experts):
+            raise OptionError("FeedForwardConfig: shifted=True needs activation='relu2', gated=False, bias=False and experts=0")
         if self.experts and not 1 <= self.experts_per_token <= self.experts:
             raise OptionError(f"FeedForwardConfig: experts_per_token={self.experts_per_token} with experts={self.experts}")
         if self.experts and self.bias:
@@ -197,6 +202,8 @@ class StackConfig:
             raise OptionError(f"StackConfig: num_layers={self.num_layers} and {len(self.mixers)} mixers; both must be at least 1")
         if self.parallel and (self.norm_position != "pre" or self.cross is not None or self.feed_forward is None):
             raise OptionError("StackConfig: parallel=True needs norm_position='pre', a feed_forward and no cross-attention")
+        if self.parallel and self.feed_forward is not None and self.feed_forward.shifted:
+            raise OptionError("StackConfig: a feed_forward with shifted=True stands after the mixer; use parallel=False")
         if self.parallel_norms not in (1, 2):
             raise OptionError(f"StackConfig: parallel_norms={self.parallel_norms}; it is 1 or 2")
 
@@ -217,6 +224,8 @@ class TransformerConfig:
     decoder     the stack that makes the logits; for kind="encoder" it is None
     encoder     the stack that makes the memory or, for kind="encoder", the logits; for kind="decoder" it is None
     embedding   shared by both stacks
+    encoder_embedding  how the encoder's tokens become vectors where that differs (LED: own positions and norm); the token table
+                is shared all the same. Encoder-decoders only
     head        None: the model returns final hidden states instead of logits
     """
 
@@ -228,6 +237,7 @@ class TransformerConfig:
     encoder: StackConfig | None = None
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     head: HeadConfig | None = field(default_factory=HeadConfig)
+    encoder_embedding: EmbeddingConfig | None = None
 
     def __post_init__(self) -> None:
         _one_of("TransformerConfig", "kind", self.kind, ("decoder", "encoder", "encoder-decoder"))
@@ -236,6 +246,8 @@ class TransformerConfig:
             raise OptionError(f"TransformerConfig: kind={self.kind!r} needs decoder, encoder present as {wanted}")
         if self.kind == "encoder-decoder" and self.decoder is not None and self.decoder.cross is None:
             raise OptionError("TransformerConfig: the decoder of an encoder-decoder needs cross=, e.g. cross='cross'")
+        if self.kind != "encoder-decoder" and self.encoder_embedding is not None:
+            raise OptionError(f"TransformerConfig: encoder_embedding is for encoder-decoders, not for kind={self.kind!r}")
 
     @property
     def main(self) -> StackConfig:

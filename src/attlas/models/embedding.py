@@ -15,11 +15,13 @@ from attlas.models.tokens import Tokens
 class Embedding(nn.Module):
     """tokens * scale + positions + token types, normalised where asked; [..., T] ids -> [..., T, dim]."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, shared: nn.Embedding | None = None) -> None:
+        """`shared`: the token table of the decoder; this is then the embedding of the encoder alone."""
         super().__init__()
-        options = config.embedding
+        own = None if shared is None else config.encoder_embedding
+        options = config.embedding if own is None else own
         self.offset, self.scale = options.position_offset, options.scale
-        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.tokens = nn.Embedding(config.vocab_size, config.dim) if shared is None else shared
         self.positions = nn.Embedding(options.positions, config.dim) if options.positions else None
         self.types = nn.Embedding(options.token_types, config.dim) if options.token_types else None
         self.norm = make_norm(config.main.norm, config.dim) if options.norm else None

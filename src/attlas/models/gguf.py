@@ -53,7 +53,7 @@ def from_gguf(path: str | Path, *, dtype: torch.dtype | None = None, device: tor
     llama.cpp stores the rows of the query and key maps for interleaved rotary pairs; they are brought back to the half-split
     order. Needs the package gguf. Raises DataError for a file that does not fit, UnsupportedError for another architecture.
     """
-    reader = _open(Path(path))
+    reader = open_gguf(Path(path))
     fields = _fields(reader)
     tied = all(t.name != "output.weight" for t in reader.tensors)
     config = config_from_hf({**fields, "model_type": "llama", "tie_word_embeddings": tied})
@@ -65,7 +65,7 @@ def from_gguf(path: str | Path, *, dtype: torch.dtype | None = None, device: tor
     return model
 
 
-def _open(path: Path) -> Any:
+def open_gguf(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attlas.models.embedding import Head
-from attlas.models.layers import FeedForward, Layer
+from attlas.models.layers import Experts, FeedForward, Layer
 from attlas.nn.attention import Attention
+from attlas.nn.rwkv import ChannelMix
 
 STD = 0.02
 
@@ -70,7 +71,10 @@ def _init_feed_forward(layer: Layer, shrink: float) -> None:
         for linear in (ffn.gate, ffn.up, ffn.down):
             if linear is not None:
                 _linear(linear, shrink if linear is ffn.down else 1.0)
-    elif ffn is not None:
+    elif isinstance(ffn, ChannelMix):
+        for linear in (ffn.up, ffn.r_proj, ffn.down):
+            _linear(linear, shrink if linear is ffn.down else 1.0)
+    elif isinstance(ffn, Experts):
         _linear(ffn.router)
         for weight in (ffn.gate, ffn.up):
             if weight is not None:

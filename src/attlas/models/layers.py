@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attlas.cache.layer import Cache
 from attlas.models.config import FeedForwardConfig, NormConfig, StackConfig
 from attlas.nn.mixer import Mixer
+from attlas.nn.rwkv import ChannelMix
 from attlas.shapes import SeqInfo
 
 
@@ -119,7 +120,9 @@ class Experts(nn.Module):
         return 2 * tokens * (self.router.weight.numel() + self.per_token * one)
 
 
-def make_feed_forward(dim: int, config: FeedForwardConfig) -> FeedForward | Experts:
+def make_feed_forward(dim: int, config: FeedForwardConfig) -> FeedForward | Experts | ChannelMix:
+    if config.shifted:
+        return ChannelMix(dim, config.hidden)
     return Experts(dim, config) if config.experts else FeedForward(dim, config)
 
 
@@ -165,7 +168,15 @@ class Layer(nn.Module):
         self.norm_mixer_out, self.norm_cross_out = norm(sandwich), norm(sandwich and cross is not None)
         self.norm_ffn_out = norm(sandwich and has_ffn)
 
-    def forward(self, x: Tensor, step: Step, cache: Cache | None, cross_cache: Cache | None) -> Tensor:
+    def mixers(self) -> list[Mixer]:
+        """What of the layer looks at other tokens and so has a cache: mixer, cross-attention, shifted feed-forward network."""
+        return [m for m in (self.mixer, self.cross, self.ffn) if isinstance(m, Mixer)]
+
+    def forward(self, x: Tensor, step: Step, caches: Sequence[Cache] | None) -> Tensor:
+        """`caches`: one for each of `mixers()`."""
+        held = {} if caches is None else {id(m): c for m, c in zip(self.mixers(), caches, strict=True)}
+        cache = held.get(id(self.mixer))
+
         def mix(y: Tensor) -> Tensor:
             return self.mixer(y, seq=step.seq, positions=step.positions if self.mixer.uses_positions else None, cache=cache)
 
@@ -175,9 +186,13 @@ class Layer(nn.Module):
             return x + mix(y) + self.ffn(y if self.norm_ffn is None else self.norm_ffn(x))
         x = self._residual(x, mix, self.norm_mixer, self.norm_mixer_out)
         if self.cross is not None:
-            cross = partial(self.cross, memory=step.memory, seq=step.cross_seq, cache=cross_cache)
+            cross = partial(self.cross, memory=step.memory, seq=step.cross_seq, cache=held.get(id(self.cross)))
             x = self._residual(x, cross, self.norm_cross, self.norm_cross_out)
-        return x if self.ffn is None else self._residual(x, self.ffn, self.norm_ffn, self.norm_ffn_out)
+        if self.ffn is None:
+            return x
+        shifted = isinstance(self.ffn, ChannelMix)
+        ffn = partial(self.ffn, seq=step.seq, cache=held.get(id(self.ffn))) if shifted else self.ffn
+        return self._residual(x, ffn, self.norm_ffn, self.norm_ffn_out)
 
     def _residual(self, x: Tensor, f: Callable[[Tensor], Tensor], norm: nn.Module | None, out: nn.Module | None) -> Tensor:
         assert norm is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from attlas.errors import UnsupportedError
+from attlas.models import deepseek, long_documents, rwkv
 from attlas.models import weight_maps as maps
 from attlas.models.config import (
     AlibiConfig,
@@ -323,10 +324,15 @@ PRESETS: dict[str, Preset] = {
         Preset("qwen2", _qwen2, maps.llama, "model.", _CAUSAL_BUFFERS),
         Preset("qwen3", _qwen3, maps.llama, "model.", _CAUSAL_BUFFERS),
         Preset("mixtral", _mixtral, maps.mixtral, "model.", _CAUSAL_BUFFERS),
+        Preset("rwkv", rwkv.config, rwkv.weights, "rwkv."),
         Preset("gemma2", _gemma2, maps.gemma, "model."),
         Preset("gemma3_text", _gemma3, maps.gemma, "model."),
         Preset("bert", _bert, maps.bert, "bert.", _BERT_EXTRAS),
         Preset("roberta", _bert, maps.roberta, "roberta.", _BERT_EXTRAS),
+        Preset("longformer", long_documents.longformer, long_documents.longformer_weights, "longformer.", _BERT_EXTRAS),
+        Preset("big_bird", long_documents.big_bird, maps.bert, "bert.", _BERT_EXTRAS),
+        Preset("led", long_documents.led, long_documents.led_weights, "led."),
+        Preset("deepseek_v2", deepseek.config, deepseek.weights, "model.", _CAUSAL_BUFFERS),
         Preset("t5", _t5, maps.t5, "", ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)),
     )
 }

@@ -14,7 +14,7 @@ from attlas.models.config import StackConfig, TransformerConfig
 from attlas.models.embedding import Embedding, Head
 from attlas.models.generate import generate
 from attlas.models.init import init_weights, seeded
-from attlas.models.layers import Layer, Memory, Step, make_norm
+from attlas.models.layers import Experts, FeedForward, Layer, Memory, Step, make_norm
 from attlas.models.mixers import build_mixer
 from attlas.models.tokens import Tokens
 from attlas.nn.mixer import Mixer
@@ -44,23 +44,20 @@ class Stack(nn.Module):
                 setattr(mixer.get_submodule(".".join(path)), last, shared)
 
     def forward(self, x: Tensor, step: Step, cache: Sequence[Cache] | None = None) -> Tensor:
-        per_layer = self.caches_per_layer
-        for i, layer in enumerate(self.blocks):
-            mine = (None, None) if cache is None else (*cache[i * per_layer : (i + 1) * per_layer], None)[:2]
-            x = layer(x, step, *mine)
+        at = 0
+        for layer in self.blocks:
+            end = at + len(layer.mixers())
+            x = layer(x, step, None if cache is None else cache[at:end])
+            at = end
         return x if self.norm is None else self.norm(x)
 
     @property
     def blocks(self) -> list[Layer]:
         return cast(list[Layer], list(self.layers))
 
-    @property
-    def caches_per_layer(self) -> int:
-        return 1 if self.blocks[0].cross is None else 2
-
     def mixers(self) -> list[Mixer]:
-        """All mixers, in the order of the cache list: mixer 0, (cross 0,) mixer 1, ..."""
-        return [m for layer in self.blocks for m in (layer.mixer, layer.cross) if m is not None]
+        """All that look at other tokens, in the order of the cache list: mixer 0, (cross 0, shifted network 0,) mixer 1, ..."""
+        return [m for layer in self.blocks for m in layer.mixers()]
 
 
 class Transformer(nn.Module):
@@ -71,8 +68,8 @@ class Transformer(nn.Module):
              sqrt(2 layers), biases 0; mixers with initialisations of their own keep them (drawn from the same seed). The global
              random state is not touched
     Tokens may come dense, padded or packed (see `forward`); with `cache` the same forward is a prefill, a chunk of one, or a
-    decode step. There is no dropout. Submodules: `embed`, `decoder` and/or `encoder` (with `.layers[i].mixer`, `.cross`, `.ffn`),
-    `head`.
+    decode step. There is no dropout. Submodules: `embed` (and `encoder_embed`, where that differs), `decoder` and/or
+    `encoder` (with `.layers[i].mixer`, `.cross`, `.ffn`), `head`.
     """
 
     def __init__(
@@ -87,6 +84,7 @@ class Transformer(nn.Module):
         self.config = config
         with seeded(seed):  # on the CPU, so that the same seed gives the same weights on every device
             self.embed = Embedding(config)
+            self.encoder_embed = Embedding(config, self.embed.tokens) if config.encoder_embedding is not None else None
             self.encoder = None if config.encoder is None else Stack(config.encoder, config.dim, config.num_heads)
             self.decoder = None if config.decoder is None else Stack(config.decoder, config.dim, config.num_heads)
             self.head = None if config.head is None else Head(config)
@@ -156,7 +154,8 @@ class Transformer(nn.Module):
         if self.encoder is None or self.decoder is None:
             raise UnsupportedError(f"Transformer: encode needs kind='encoder-decoder', this is {self.config.kind!r}")
         layout = Tokens.of(tokens, seq, attention_mask, None, None)
-        x = self.encoder(self.embed(layout, None), Step(layout.seq, layout.irregular, None))
+        embed = self.embed if self.encoder_embed is None else self.encoder_embed
+        x = self.encoder(embed(layout, None), Step(layout.seq, layout.irregular, None))
         return Memory(x, None if layout.seq is None else layout.seq.lengths)
 
     def _hidden(
@@ -207,14 +206,15 @@ class Transformer(nn.Module):
         device: torch.device | str | None = None,
     ) -> list[Cache]:
         """Empty caches for `rows` sequences of up to `max_len` tokens, and `memory_len` tokens of memory (None = they grow): one
-        per layer, in layer order; with cross-attention two per layer (self, cross). dtype and device follow the parameters.
+        per layer, in layer order; with cross-attention two per layer (self, cross), and one more for a shifted feed-forward
+        network. dtype and device follow the parameters.
         Raises UnsupportedError when a mixer cannot decode, naming the layer."""
         options = {"layout": layout, "page_size": page_size, "dtype": dtype, "device": device}
         caches = []
         for i, layer in enumerate(self._main.blocks):
-            caches.append(_layer_cache(i, layer.mixer, rows, max_len, options))
-            if layer.cross is not None:
-                caches.append(_layer_cache(i, layer.cross, rows, memory_len, options))
+            for mixer in layer.mixers():
+                longest = memory_len if mixer is layer.cross else max_len
+                caches.append(_layer_cache(i, mixer, rows, longest, options))
         return caches
 
     @property
@@ -228,7 +228,8 @@ class Transformer(nn.Module):
     def num_parameters(self, *, embedding: bool = True) -> int:
         """Number of weights, shared ones counted once; `embedding=False` leaves out the token and position tables (a tied output
         matrix is the token table)."""
-        skipped = set() if embedding else {id(p) for p in self.embed.tables()}
+        embeds = [e for e in (self.embed, self.encoder_embed) if e is not None]
+        skipped = set() if embedding else {id(p) for e in embeds for p in e.tables()}
         return sum(p.numel() for p in self.parameters() if id(p) not in skipped)
 
     def flops(self, seq_len: int) -> int:
@@ -238,7 +239,7 @@ class Transformer(nn.Module):
         for stack in (self.encoder, self.decoder):
             if stack is not None:
                 total += sum(m.flops(seq_len) for m in stack.mixers())
-                total += sum(layer.ffn.flops(seq_len) for layer in stack.blocks if layer.ffn is not None)
+                total += sum(layer.ffn.flops(seq_len) for layer in stack.blocks if isinstance(layer.ffn, FeedForward | Experts))
         return total
 
     def cache_bytes(self, seq_len: int) -> int:

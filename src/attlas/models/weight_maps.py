@@ -127,7 +127,7 @@ def gpt2(config: TransformerConfig) -> tuple[Weight, ...]:
         *linear("h.{i}.mlp.c_fc", f"{D}.ffn.up", transposed),
         *linear("h.{i}.mlp.c_proj", f"{D}.ffn.down", transposed),
         *linear("ln_f", "decoder.norm"),
-        *_lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head"),
     )
 
 
@@ -140,7 +140,7 @@ def gptj(config: TransformerConfig) -> tuple[Weight, ...]:
         *linear("h.{i}.mlp.fc_in", f"{D}.ffn.up"),
         *linear("h.{i}.mlp.fc_out", f"{D}.ffn.down"),
         *linear("ln_f", "decoder.norm"),
-        *_lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head"),
     )
 
 
@@ -155,8 +155,8 @@ def gpt_neox(config: TransformerConfig) -> tuple[Weight, ...]:
         *linear("layers.{i}.mlp.dense_h_to_4h", f"{D}.ffn.up"),
         *linear("layers.{i}.mlp.dense_4h_to_h", f"{D}.ffn.down"),
         *linear("final_layer_norm", "decoder.norm"),
-        *_lm_head(config, "lm_head"),
-        *_lm_head(config, "embed_out"),
+        *lm_head(config, "lm_head"),
+        *lm_head(config, "embed_out"),
     )
 
 
@@ -173,7 +173,7 @@ def falcon(config: TransformerConfig) -> tuple[Weight, ...]:
         *linear("h.{i}.mlp.dense_h_to_4h", f"{D}.ffn.up"),
         *linear("h.{i}.mlp.dense_4h_to_h", f"{D}.ffn.down"),
         *linear("ln_f", "decoder.norm"),
-        *_lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head"),
     )
 
 
@@ -198,7 +198,7 @@ def llama(config: TransformerConfig) -> tuple[Weight, ...]:
         *_llama_attention(as_it_is),
         table("layers.{i}.post_attention_layernorm", f"{D}.norm_ffn"),
         *_gated("layers.{i}.mlp"),
-        *_lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head"),
     )
 
 
@@ -216,7 +216,7 @@ def mixtral(config: TransformerConfig) -> tuple[Weight, ...]:
         Weight(f"{one}.w1.weight", (f"{D}.ffn.gate[{{e}}]",)),
         Weight(f"{one}.w3.weight", (f"{D}.ffn.up[{{e}}]",)),
         Weight(f"{one}.w2.weight", (f"{D}.ffn.down[{{e}}]",)),
-        *_lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head"),
     )
 
 
@@ -227,11 +227,11 @@ def gemma(config: TransformerConfig) -> tuple[Weight, ...]:
         table("layers.{i}.pre_feedforward_layernorm", f"{D}.norm_ffn"),
         table("layers.{i}.post_feedforward_layernorm", f"{D}.norm_ffn_out"),
         *_gated("layers.{i}.mlp"),
-        *_lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head"),
     )
 
 
-def _lm_head(config: TransformerConfig, source: str) -> tuple[Weight, ...]:
+def lm_head(config: TransformerConfig, source: str) -> tuple[Weight, ...]:
     """The output matrix; where it is tied, its copy in the checkpoint must be the token table."""
     if config.head is None:
         return ()
@@ -266,7 +266,7 @@ def bert(config: TransformerConfig) -> tuple[Weight, ...]:
         *linear("cls.predictions.transform.dense", "head.dense"),
         *old_norm("cls.predictions.transform.LayerNorm", "head.norm"),
         Weight("cls.predictions.bias", ("head.bias",)),
-        *_lm_head(config, "cls.predictions.decoder"),
+        *lm_head(config, "cls.predictions.decoder"),
     )
 
 
@@ -275,8 +275,8 @@ def roberta(config: TransformerConfig) -> tuple[Weight, ...]:
         *_bert_body(),
         *linear("lm_head.dense", "head.dense"),
         *linear("lm_head.layer_norm", "head.norm"),
-        *_lm_head(config, "lm_head"),
-        *_lm_head(config, "lm_head.decoder"),
+        *lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head.decoder"),
     )
 
 
@@ -288,7 +288,7 @@ def t5(config: TransformerConfig) -> tuple[Weight, ...]:
         table("decoder.embed_tokens", "embed.tokens"),
         *_t5_stack("encoder", config.encoder),
         *_t5_stack("decoder", config.decoder),
-        *_lm_head(config, "lm_head"),
+        *lm_head(config, "lm_head"),
     )
 
 

@@ -103,7 +103,7 @@ class Loader:
 
     def _belongs_to_head(self, name: str) -> bool:
         """A headless model leaves the head of a checkpoint unread."""
-        return bool(re.match(r"(lm_head|embed_out|cls\.predictions)\.", name))
+        return bool(re.match(r"(lm_head|embed_out|head|cls\.predictions)\.|final_logits_bias$", name))
 
     def _slot(self, target: str) -> Tensor | None:
         found = re.fullmatch(r"(.*)\[(\d+)\]", target)

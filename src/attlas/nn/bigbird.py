@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,52 +11,21 @@ import torch
 from torch import Tensor
 
 from attlas.cache.layer import Cache
-from attlas.errors import OptionError
-from attlas.masks.box import Box, Pairs, TileKeys, three_valued
-from attlas.masks.cell_patterns import Blocks, Random
+from attlas.errors import OptionError, UnsupportedError
+from attlas.masks.cell_patterns import Blocks, BlockWindow, Random
 from attlas.masks.explicit import Dense, PerHead
-from attlas.masks.expr import Leaf, Mask, Span
+from attlas.masks.expr import All, Mask
 from attlas.masks.geometry import Grid
 from attlas.masks.leaves import Causal
 from attlas.masks.options import integer
 from attlas.masks.position_sets import Global
 from attlas.nn.attention import Attend, Attention
 from attlas.ops.attention import attention
+from attlas.ops.merge import merge
 from attlas.positions.rope import Rope
-from attlas.shapes import SeqInfo
+from attlas.shapes import AuxRequest, SeqInfo
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class BlockWindow(Leaf):
-    """-right <= q // block - k // block <= left: a window that counts whole blocks of `block` positions."""
-
-    block: int
-    left: int
-    right: int
-
-    def __post_init__(self) -> None:
-        call = f"BlockWindow({self.block!r}, {self.left!r}, {self.right!r})"
-        for name, least in (("block", 1), ("left", 0), ("right", 0)):
-            object.__setattr__(self, name, integer(call, name, getattr(self, name), least))
-
-    def evaluate(self, pairs: Pairs) -> Tensor:
-        apart = pairs.q // self.block - pairs.k // self.block
-        return (apart >= -self.right) & (apart <= self.left)
-
-    def classify_box(self, box: Box) -> Tensor:
-        b = self.block
-        q_lo, q_hi = box.of_q(lambda lo, hi: lo // b), box.of_q(lambda lo, hi: hi // b)
-        k_lo, k_hi = box.of_k(lambda lo, hi: lo // b), box.of_k(lambda lo, hi: hi // b)
-        least, most = q_lo - k_hi, q_hi - k_lo
-        return three_valued((least <= self.left) & (most >= -self.right), (most <= self.left) & (least >= -self.right))
-
-    def tile_keys(self, box: Box) -> TileKeys:
-        b = self.block
-        q, k = box.of_q(lambda lo, hi: lo // b), box.of_k(lambda lo, hi: lo // b)
-        return TileKeys((box.q_lo - q * b, box.k_lo - k * b, q - k))
-
-    def hull(self, q_lo: int, q_hi: int) -> Span | None:
-        return (q_lo // self.block - self.left) * self.block, (q_hi // self.block + self.right + 1) * self.block - 1
+_LSE = AuxRequest(lse=True)
 
 
 def bigbird_mask(
@@ -71,6 +41,17 @@ def bigbird_mask(
     return Causal() & mask if causal else mask
 
 
+@dataclass(frozen=True)
+class Undrawn:
+    """What transformers makes of `count` random blocks when it evaluates: none is drawn, the first block counts 1 + count times
+    in the softmax of the blocks between the first and the last, and sequences of up to 5 + 2 count blocks see every key."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", integer(f"Undrawn({self.count!r})", "count", self.count, 0))
+
+
 class BigBirdAttention(Attention):
     """One softmax over the keys of the query's own and `window` neighbouring blocks on each side, of the global blocks, and of
     `random_blocks` blocks drawn for each block of queries and each head. Queries in global blocks see every key.
@@ -80,7 +61,7 @@ class BigBirdAttention(Attention):
     global_blocks  their indices; -1 is the last block of the sequence. None = (0, -1), when causal (0,)
     random_blocks  drawn per query block and head, from all blocks of the sequence (causal: from those up to its own); one
                    that the window or the global blocks hold already counts once. Or the Blocks themselves, a layout per head or
-                   one for all
+                   one for all; or Undrawn(count), bidirectional only
     causal         also & Causal(); the draw then does not depend on the length, so the mixer decodes
 
     In a packed batch "the last block" is each sequence's own. Bidirectional sequences of different lengths have
@@ -97,7 +78,7 @@ class BigBirdAttention(Attention):
         block: int = 64,
         window: int = 1,
         global_blocks: Sequence[int] | None = None,
-        random_blocks: int | Blocks = 3,
+        random_blocks: int | Blocks | Undrawn = 3,
         seed: int = 0,
         causal: bool = False,
         head_dim: int | None = None,
@@ -113,6 +94,12 @@ class BigBirdAttention(Attention):
             raise OptionError(f"{call}: num_heads and block must be at least 1, window and random_blocks at least 0")
         if causal and any(g < 0 for g in chosen):
             raise OptionError(f"{call}: a causal mixer cannot know the end of the sequence, so no global block may be negative")
+        self.first_times, self.full_up_to = 1, 0
+        if isinstance(random_blocks, Undrawn):
+            if causal:
+                raise OptionError(f"{call}: {random_blocks} is for bidirectional mixers")
+            self.first_times, self.full_up_to = 1 + random_blocks.count, (5 + 2 * random_blocks.count) * block
+            random_blocks = 0
         self._pattern = {"block": block, "global_blocks": chosen, "window": window, "causal": causal}
         self._random = random_blocks if isinstance(random_blocks, Blocks) else _Draw(num_heads, block, random_blocks, seed)
         fixed = _mask(self._pattern, self._random, None) if causal else None
@@ -121,11 +108,14 @@ class BigBirdAttention(Attention):
 
     def mask_for(self, length: int) -> Mask:
         """The mask of a sequence of `length` tokens."""
-        return self.mask if self.mask is not None else _mask(self._pattern, self._random, length)
+        if self.mask is not None:
+            return self.mask
+        return All() if length <= self.full_up_to else _mask(self._pattern, self._random, length)
 
     def describe_mask(self) -> Mask:
-        """The mask; that of a bidirectional sequence of 8 blocks, as it depends on the length."""
-        return self.mask_for(8 * self.block)
+        """The mask; that of a bidirectional sequence of 8 blocks, or of more that are not seen as a whole, as it depends on the
+        length."""
+        return self.mask_for(max(8 * self.block, self.full_up_to + 1))
 
     def mix(self, x: Tensor, *, memory: Tensor | None, positions: Tensor, seq: SeqInfo | None, cache: Cache | None) -> Tensor:
         if self.causal:
@@ -142,6 +132,8 @@ class BigBirdAttention(Attention):
             return super()._mix_at(x, positions)
         mask, end = self.mask_for(int(positions.max()) + 1), len(positions)
         if not torch.equal(positions, torch.arange(end, device=positions.device)):
+            if self.first_times > 1:
+                raise UnsupportedError(f"{self}: without a draw, positions must be 0, 1, 2, ...")
             mask = Dense(mask.dense(Grid.at(positions, positions), heads=self.num_heads, device=x.device))
         return self._mix_rows(x[None], positions, mask)[0]
 
@@ -149,12 +141,24 @@ class BigBirdAttention(Attention):
         q, (k, v) = self._queries(x), self._keys_values(x)
         angles = self._angles(positions, q)
         q, k = self._rotate(q, angles), self._rotate(k, angles)
-        return self.o_proj(self.attend(q, k, v, mask=mask, scale=self.scale, impl=self.impl).flatten(-2))
+        options: dict[str, Any] = {"scale": self.scale, "impl": self.impl}
+        end = (q.shape[1] - 1) // self.block * self.block  # where the last block begins
+        if self.first_times == 1 or q.shape[1] <= self.full_up_to or end <= self.block:
+            return self.o_proj(self.attend(q, k, v, mask=mask, **options).flatten(-2))
+        out, aux = self.attend(q, k, v, mask=mask, return_aux=_LSE, **options)
+        first = slice(0, self.block)
+        more, more_aux = self.attend(q[:, self.block : end], k[:, first], v[:, first], return_aux=_LSE, **options)
+        between = (out[:, self.block : end], aux.lse[:, self.block : end])
+        joined, _ = merge([between, (more, more_aux.lse + math.log(self.first_times - 1))])
+        return self.o_proj(torch.cat([out[:, first], joined, out[:, end:]], 1).flatten(-2))
 
     def flops(self, seq_len: int) -> int:
         """The projections, and every pair of the mask in every head."""
         mask = self.mask_for(seq_len)
         pairs = mask.count(Grid.dense(seq_len, seq_len)) * (1 if mask.heads else self.num_heads)
+        if self.first_times > 1 and seq_len > self.full_up_to:
+            between = (seq_len - 1) // self.block * self.block - self.block
+            pairs += self.num_heads * self.block * max(0, between)
         return self._projection_flops(seq_len, seq_len) + 4 * self.head_dim * pairs
 
 
@@ -190,7 +194,7 @@ def bigbird(
     block: int = 64,
     window: int = 1,
     global_blocks: Sequence[int] | None = None,
-    random_blocks: int | Blocks = 3,
+    random_blocks: int | Blocks | Undrawn = 3,
     seed: int = 0,
     causal: bool = False,
     head_dim: int | None = None,

@@ -50,6 +50,10 @@ class LatentView:
     def lengths(self) -> tuple[int, ...]:
         return self.part.lengths
 
+    @property
+    def cascade(self) -> bool:
+        return self.part.cascade
+
     def read(self, row: int, span: Span | None = None) -> Held:
         held = self.part.read(row, span)
         return Held(self.to_kv(held.tensors[0]), held.axis)

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attlas.cache.layer import Cache
-from attlas.errors import OptionError, ShapeError
+from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
-from attlas.nn.mixer import Mixer
+from attlas.nn.rows import RowMixer
 from attlas.ops.attention import attention
 from attlas.reference import lowrank as truth
-from attlas.shapes import SeqInfo
 
 SHARES = ("none", "heads", "key-value")
 
 
-class LowRankMixer(Mixer):
-    """Base of mixers that compress a whole sequence. A mechanism writes `attend_rows`; sequences of different lengths are
-    compressed one after the other. `use("reference")` computes the brute-force matrices of attlas.reference.lowrank."""
+class LowRankMixer(RowMixer):
+    """Base of mixers that compress a whole sequence. A mechanism writes `attend_rows`. `use("reference")` computes the
+    brute-force matrices of attlas.reference.lowrank."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int | None, bias: bool, call: str) -> None:
         super().__init__(dim)
@@ -36,39 +34,11 @@ class LowRankMixer(Mixer):
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """q, k, v [B, T, H, D] whose tokens stand at `positions` [T] -> [B, T, H, D]."""
 
-    def _mix_rows(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [B, T, dim]."""
-        if x.numel() == 0:
-            return x
+    def mix_rows(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (self.num_heads, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(self.attend_rows(q, k, v, positions).flatten(-2))
 
-    def mix(self, x: Tensor, *, memory: Tensor | None, positions: Tensor, seq: SeqInfo | None, cache: Cache | None) -> Tensor:
-        self._check_end(
-            x.shape[1] if seq is None else max((a + n for a, n in zip(seq.first, seq.lengths, strict=True)), default=0)
-        )
-        if seq is None:
-            return self._mix_rows(x, positions)
-        if len({*zip(seq.first, seq.lengths, strict=True)}) == 1 and seq.lengths[0]:
-            n = seq.lengths[0]
-            return self._mix_rows(x.unflatten(0, (-1, n)), positions[:n]).flatten(0, 1)
-        return self._one_by_one(x, positions, seq)
-
-    def mix_irregular(self, x: Tensor, *, memory: Tensor | None, positions: Tensor, seq: SeqInfo | None) -> Tensor:
-        assert seq is not None
-        if positions.numel():
-            if int(positions.min()) < 0:
-                raise ShapeError(f"{self}: positions must not be negative")
-            self._check_end(int(positions.max()) + 1)
-        return self._one_by_one(x, positions, seq)
-
-    def _one_by_one(self, x: Tensor, positions: Tensor, seq: SeqInfo) -> Tensor:
-        rows = zip(x.split(seq.lengths), positions.split(seq.lengths), strict=True) if seq.lengths else ()
-        return torch.cat([x[:0], *(self._mix_rows(row[None], where)[0] for row, where in rows)])
-
-    def _check_end(self, end: int) -> None:
-        if self.max_len is not None and end > self.max_len:
-            raise ShapeError(f"{self}: its projections are made for {self.max_len} positions, x ends at {end}")
+    mix_irregular = RowMixer.mix_anywhere
 
     def _projection_flops(self, seq_len: int) -> int:
         return 8 * seq_len * self.dim * self.num_heads * self.head_dim

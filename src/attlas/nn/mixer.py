@@ -151,7 +151,8 @@ class Mixer(nn.Module, ABC):
         like = next(self.parameters(), torch.empty(0))
         total = 0
         for spec in self.cache_specs():
-            slots = seq_len if spec.window is None else min(seq_len, spec.window + spec.sinks)
+            slots = seq_len // spec.group
+            slots = slots if spec.window is None else min(slots, spec.window + spec.sinks)
             slots = 1 if spec.kind == "state" else slots
             total += slots * spec.elements() * (spec.dtype or like.dtype).itemsize
         return total

@@ -1,4 +1,4 @@
-"""The time mixing of RWKV 4, 6 and 7. (Channel mixing, their feed-forward half, is not a token mixer.)"""
+"""The time mixing of RWKV 4, 6 and 7, and the channel mixing of RWKV-4: its feed-forward half, which looks one token back."""
 
 from __future__ import annotations
 
@@ -91,6 +91,37 @@ def wkv_recurrent(
         average = average_new if keep is None else torch.where(keep, average_new, average)
         log_mass = mass_new if keep is None else torch.where(keep, mass_new, log_mass)
     return torch.stack(outs, 1), average, log_mass
+
+
+class ChannelMix(RecurrentMixer):
+    """y_t = sigmoid(W_r m_r(x)_t) * W_down relu(W_up m_k(x)_t)^2,   m(x)_t = m x_t + (1 - m) x_{t-1}
+
+    The feed-forward half of an RWKV-4 layer; no mechanism of its own. State: the last token, in fp32.
+    Cost 2 T dim (dim + 2 hidden) flops.   Source: Peng et al. 2023, arXiv 2305.13048.
+    """
+
+    name = "channel-mix"
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(dim)
+        self.hidden = hidden
+        self.mix_k, self.mix_r = (nn.Parameter(torch.linspace(0, 1, dim)) for _ in range(2))
+        self.up, self.down = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.r_proj = nn.Linear(dim, dim, bias=False)
+
+    def state_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return (("shift", (1, self.dim)),)
+
+    def run(self, x: Tensor, states: States, rows: Rows, positions: Tensor) -> tuple[Tensor, States]:
+        before = shift(x, states[0])
+        k, r = (before + (x - before) * mix for mix in (self.mix_k, self.mix_r))
+        return self.r_proj(r).sigmoid() * self.down(F.relu(self.up(k)).square()), (rows.last(x, states[0]),)
+
+    def flops(self, seq_len: int) -> int:
+        return 2 * seq_len * self.dim * (self.dim + 2 * self.hidden)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, hidden={self.hidden}"
 
 
 class _MatrixRwkv(RecurrentMixer):

@@ -82,8 +82,8 @@ CASCADE_ROWS, CASCADE_TOKENS = 2, 256
 
 
 def shared_tokens(block_table: Tensor, page_size: int, lengths: tuple[int, ...], n: int, rule: DecodeRule) -> int:
-    """Leading tokens that all sequences hold in the same pages, before the n newest tokens of each; 0 where a cascade does not pay,
-    or where the rule tells those tokens apart (a window, sinks, ALiBi)."""
+    """Leading tokens that all sequences hold in the same pages, before the n newest tokens of each; 0 where a cascade does not
+    pay, or where the rule tells those tokens apart (a window, sinks, ALiBi)."""
     see = rule.visible
     if len(lengths) < CASCADE_ROWS or see.left is not None or see.sinks or rule.alibi is not None:
         return 0
@@ -96,8 +96,8 @@ def shared_tokens(block_table: Tensor, page_size: int, lengths: tuple[int, ...],
 def cascade_pages(
     q: Tensor, pages: tuple[Tensor, Tensor], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule, shared: int
 ) -> tuple[Tensor, Tensor]:
-    """`decode_pages` with the first `shared` tokens (whole pages, the same for all) read once for all queries, and merged with what each
-    sequence has of its own. Equal up to rounding. Bytes read: the prefix, and each tail."""
+    """`decode_pages` with the first `shared` tokens (whole pages, the same for all) read once for all queries, and merged with
+    what each sequence has of its own. Equal up to rounding. Bytes read: the prefix, and each tail."""
     rows, n = q.shape[:2]
     blocks, see = shared // pages[0].shape[1], rule.visible
     together = q.flatten(0, 1)[None]

@@ -51,8 +51,8 @@ class Table(Protocol):
 class KeyValuePart(Protocol):
     """What reading asks of a cache part; attlas.cache.part.Part has it."""
 
-    cascade: bool
-
+    @property
+    def cascade(self) -> bool: ...
     @property
     def rows(self) -> int: ...
     @property

@@ -17,7 +17,7 @@ from attlas.shapes import Aux, AuxRequest, SeqInfo, describe
 
 FORMS = ("auto", "recurrent", "chunk", "parallel")
 CHUNK = 64
-FEW_TOKENS = 4  # up to here "auto" goes token by token
+FEW_TOKENS = 4  # up to here "auto" goes token by token, unless the compiled core takes the call
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,9 @@ def scan(
     initial_state  [B, H, K, V] (packed: [N, H, K, V]); `return_aux=AuxRequest(state=True)` also returns `Aux(state=final state)`.
     scale       None = 1 / sqrt(K).
     form        "recurrent" (token by token), "chunk" (training, prefill), "parallel" (quadratic, for short inputs), or "auto":
-                recurrent
-                up to 4 tokens, else chunk. All give the same numbers up to rounding. impl says who computes it: "cpu" (compiled,
-                chunk form without delta and bonus), "blocked" (torch, chunk form), "reference" (the other two forms); an explicit
-                one runs or raises UnsupportedError.
+                recurrent up to 4 tokens where the compiled core does not take the call, else chunk. All give the same numbers up
+                to rounding. impl says who computes it: "cpu" (compiled, chunk form without delta and bonus), "blocked" (torch,
+                chunk form), "reference" (the other two forms); an explicit one runs or raises UnsupportedError.
     Numerics    computed and accumulated in fp32 (fp64 for fp64 inputs), state in that dtype, out in q's dtype. Decay is never
                 factored
                 outside of log space, so it neither overflows nor underflows at any length.
@@ -179,9 +178,9 @@ def scan(
         low_rank = (k if decay is None else decay.exp() * k, -weight * k)
         k = weight * k
     if form == "auto":
-        form = "recurrent" if length <= FEW_TOKENS or not v.numel() else "chunk"
-        if impl in ("cpu", "blocked"):
-            form = "chunk"
+        compiled = impl == "auto" and cpu.unsupported(q, v, low_rank=low_rank is not None, bonus=bonus is not None) is None
+        chunk = compiled or impl in ("cpu", "blocked") or (length > FEW_TOKENS and v.numel())
+        form = "chunk" if chunk else "recurrent"
     scale = dim_k**-0.5 if scale is None else scale
     call = ScanCall(q, k, v, decay, low_rank, None if bonus is None else bonus.to(dtype), initial_state, scale, form)
     chosen = choose(call, impl)
@@ -194,7 +193,7 @@ def _expand_decay(log_decay: Tensor | None, q: Tensor, dtype: torch.dtype) -> Te
     """-> None, [B, T, H, 1] or [B, T, H, K]."""
     if log_decay is None:
         return None
-    if bool((log_decay > 0).any()):
+    if log_decay.numel() and log_decay.detach().amax() > 0:
         raise OptionError(
             f"scan: log_decay must be <= 0 (natural log of a factor in (0, 1]); its maximum is {log_decay.max().item():.4g}"
         )
@@ -217,26 +216,29 @@ def _check(
     if form not in FORMS:
         raise OptionError(f"scan: unknown form {form!r}; {suggest(str(form), FORMS)}")
     beta = delta if isinstance(delta, Tensor) else None
-    given = describe(q=q, k=k, v=v, log_decay=log_decay, delta=beta, bonus=bonus)
+
+    def given() -> str:  # said only when something is wrong: a decode step has no time for words
+        return describe(q=q, k=k, v=v, log_decay=log_decay, delta=beta, bonus=bonus)
+
     token_dims = 3 if seq is not None else 4
     lead = tuple(q.shape[:-1])
     if q.dim() != token_dims or k.shape != q.shape or v.dim() != token_dims or tuple(v.shape[:-1]) != lead:
         want = "q, k [T, H, K], v [T, H, V] (packed)" if seq is not None else "q, k [B, T, H, K], v [B, T, H, V]"
-        raise ShapeError(f"scan: {want} expected; got {given}")
+        raise ShapeError(f"scan: {want} expected; got {given()}")
     if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
-        raise ShapeError(f"scan: q, k, v must share dtype and device; got {given}")
+        raise ShapeError(f"scan: q, k, v must share dtype and device; got {given()}")
     if seq is not None and seq.total != q.shape[0]:
-        raise ShapeError(f"scan: seq has {seq.total} tokens, the tensors {q.shape[0]}; got {given}")
+        raise ShapeError(f"scan: seq has {seq.total} tokens, the tensors {q.shape[0]}; got {given()}")
     heads = q.shape[-2]
     if log_decay is not None and tuple(log_decay.shape) not in ((heads,), lead, tuple(q.shape)):
-        raise ShapeError(f"scan: log_decay must be [H], [B, T, H] or [B, T, H, K] (packed: without B); got {given}")
+        raise ShapeError(f"scan: log_decay must be [H], [B, T, H] or [B, T, H, K] (packed: without B); got {given()}")
     if beta is not None and tuple(beta.shape) != lead:
-        raise ShapeError(f"scan: delta must be [B, T, H] (packed: [T, H]) or a pair (a, b); got {given}")
+        raise ShapeError(f"scan: delta must be [B, T, H] (packed: [T, H]) or a pair (a, b); got {given()}")
     if isinstance(delta, tuple) and (len(delta) != 2 or any(x.shape != q.shape for x in delta)):
         shapes = ", ".join(str(list(x.shape)) for x in delta)
-        raise ShapeError(f"scan: delta=(a, b) must both have q's shape; got {given}, delta=({shapes})")
+        raise ShapeError(f"scan: delta=(a, b) must both have q's shape; got {given()}, delta=({shapes})")
     if bonus is not None and tuple(bonus.shape) != (heads, q.shape[-1]):
-        raise ShapeError(f"scan: bonus must be [H, K]; got {given}")
+        raise ShapeError(f"scan: bonus must be [H, K]; got {given()}")
 
 
 def _packed(

@@ -1,4 +1,4 @@
-"""The linear family: attention whose sum over keys is a state, and long convolutions."""
+"""The linear family: attention whose sum over keys is a state."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from attlas.catalogue.card import Card
 
 _CLAIMS = frozenset({"causal", "packed", "decode", "bounded-cache", "backward"})
+_BOTH_WAYS = _CLAIMS | {"bidirectional"}
 _SCAN: dict[str, Any] = {"reference": "attlas.reference.linear:scan_parallel", "op": "attlas.ops.scan:scan", "family": "linear"}
 _STATE_TIME = "O(n d_k d_v) per head: constant per token"
 _CHUNK_MEMORY = "O(n (d_k + d_v + C)) per head, C = chunk length"
@@ -24,7 +25,7 @@ CARDS = (
         time=_STATE_TIME,
         memory=_CHUNK_MEMORY,
         cache="h d_k (d_v + 1) in fp32, whatever the length",
-        supports=_CLAIMS,
+        supports=_BOTH_WAYS,
         caveats=(_NOT_TAKEN_BACK, "weak at recall: all keys share one matrix"),
         mixer="attlas.nn.linear:LinearTransformer",
         level=2,
@@ -43,7 +44,7 @@ CARDS = (
         time="O(n m d_v) per head, m features",
         memory="O(n (m + d_v + C)) per head",
         cache="h m (d_v + 1) in fp32, whatever the length",
-        supports=_CLAIMS,
+        supports=_BOTH_WAYS,
         caveats=(
             _NOT_TAKEN_BACK,
             "the estimate is good only for small |q|, |k|: its variance grows with exp(|q| |k|)",
@@ -69,7 +70,11 @@ CARDS = (
         memory=_CHUNK_MEMORY,
         cache="h d_k d_v in fp32, whatever the length",
         supports=_CLAIMS,
-        caveats=(_NOT_TAKEN_BACK, "without the paper's extra normalisers, which the norm over each head cancels up to its eps"),
+        caveats=(
+            _NOT_TAKEN_BACK,
+            "causal only, as in the paper",
+            "without the paper's extra normalisers, which the norm over each head cancels up to its eps",
+        ),
         mixer="attlas.nn.retention:Retention",
         level=2,
         example={"dim": 22, "num_heads": 11, "expand_v": 1.5},
@@ -87,7 +92,7 @@ CARDS = (
         memory=_CHUNK_MEMORY,
         cache="h d_k d_v in fp32, whatever the length",
         supports=_CLAIMS,
-        caveats=(_NOT_TAKEN_BACK, "without the optional short convolution"),
+        caveats=(_NOT_TAKEN_BACK, "causal only, as in the paper", "without the optional short convolution"),
         mixer="attlas.nn.retention:GatedLinearAttention",
         level=2,
         example={"dim": 22, "num_heads": 2, "expand_k": 0.454545, "gate_rank": 3},
@@ -106,7 +111,10 @@ CARDS = (
         memory=_CHUNK_MEMORY,
         cache="h d_k d_v in fp32 and conv_width - 1 tokens of q, k, v",
         supports=_CLAIMS,
-        caveats=(_NOT_TAKEN_BACK,),
+        caveats=(
+            _NOT_TAKEN_BACK,
+            "causal only: what a key erases depends on the order of writing",
+        ),
         mixer="attlas.nn.delta:DeltaNet",
         level=2,
         example={"dim": 23, "num_heads": 3, "head_dim": 5},
@@ -124,7 +132,10 @@ CARDS = (
         memory=_CHUNK_MEMORY,
         cache="h d_k d_v in fp32 and conv_width - 1 tokens of q, k, v",
         supports=_CLAIMS,
-        caveats=(_NOT_TAKEN_BACK,),
+        caveats=(
+            _NOT_TAKEN_BACK,
+            "causal only: what a key erases depends on the order of writing",
+        ),
         mixer="attlas.nn.delta:GatedDeltaNet",
         level=2,
         example={"dim": 23, "num_heads": 4, "num_key_heads": 2, "head_dim": 5, "head_dim_v": 7},
@@ -142,7 +153,11 @@ CARDS = (
         memory=_CHUNK_MEMORY,
         cache="h N P in fp32 and conv_width - 1 tokens of x, B, C",
         supports=_CLAIMS,
-        caveats=(_NOT_TAKEN_BACK, "dt is not clamped (the usual limits are 0 and infinity)"),
+        caveats=(
+            _NOT_TAKEN_BACK,
+            "causal only, as in the paper: its bidirectional form (Hydra, arXiv:2407.09941) is another matrix",
+            "dt is not clamped (the usual limits are 0 and infinity)",
+        ),
         mixer="attlas.nn.mamba2:Mamba2",
         level=2,
         example={"dim": 14, "num_heads": 4, "state_dim": 5, "num_groups": 2},
@@ -160,7 +175,11 @@ CARDS = (
         memory="O(n C d), C = chunk length",
         cache="4 d + 1 numbers in fp32",
         supports=_CLAIMS,
-        caveats=(_NOT_TAKEN_BACK, "time mixing only: channel mixing is the model's feed-forward part"),
+        caveats=(
+            _NOT_TAKEN_BACK,
+            "causal only, as in the paper: Vision-RWKV (arXiv:2403.02308) defines a two-sided average of its own",
+            "time mixing only: channel mixing is the feed-forward part of the preset rwkv",
+        ),
         mixer="attlas.nn.rwkv:Rwkv4",
         level=2,
         example={"dim": 23},
@@ -178,7 +197,11 @@ CARDS = (
         memory=_CHUNK_MEMORY,
         cache="h d_h^2 in fp32 and one token",
         supports=_CLAIMS,
-        caveats=(_NOT_TAKEN_BACK, "time mixing only: channel mixing is the model's feed-forward part"),
+        caveats=(
+            _NOT_TAKEN_BACK,
+            "causal only, as in the paper",
+            "time mixing only: channel mixing is the model's feed-forward part",
+        ),
         mixer="attlas.nn.rwkv:Rwkv6",
         level=2,
         example={"dim": 15, "num_heads": 3, "mix_rank": 2, "decay_rank": 3},
@@ -198,6 +221,7 @@ CARDS = (
         supports=_CLAIMS,
         caveats=(
             _NOT_TAKEN_BACK,
+            "causal only, as in the paper",
             "time mixing of a first layer: the value residual that later layers take from layer 0 is left out",
             "channel mixing is the model's feed-forward part",
         ),
@@ -205,26 +229,5 @@ CARDS = (
         level=2,
         example={"dim": 15, "num_heads": 3, "decay_rank": 2, "rate_rank": 3, "gate_rank": 5},
         **_SCAN,
-    ),
-    Card(
-        name="hyena",
-        aliases=("long-convolution",),
-        family="convolution",
-        summary="Gates and long convolutions in turn; the filters are small networks of time.",
-        formula="v <- h_i * (v x_i) + D_i v x_i for i = N-1 ... 1,  y = v x_0",
-        paper="Poli et al., Hyena Hierarchy, arXiv:2302.10866",
-        year=2023,
-        used_by=("HyenaDNA", "StripedHyena"),
-        time="O(N n log n d), order N; decoding O(n d) per token",
-        memory="O(N n d)",
-        cache="(N - 1) d per token: there is no state of fixed size",
-        supports=frozenset({"causal", "packed", "decode", "backward"}),
-        caveats=("sequences up to max_len only", _NOT_TAKEN_BACK),
-        reference="attlas.nn.hyena:direct_conv",
-        op="attlas.ops.long_conv:long_conv",
-        mixer="attlas.nn.hyena:Hyena",
-        level=2,
-        example={"dim": 23, "max_len": 61, "filter_width": 7},
-        variants={"order": 3, "max_len": 67},
     ),
 )

@@ -1,4 +1,4 @@
-"""Approximations of low rank: Linformer and Nystromformer."""
+"""Low rank and compression: Linformer, Nystromformer, memory-compressed attention, Synthesizer, lambda layers."""
 
 from __future__ import annotations
 
@@ -67,5 +67,115 @@ CARDS = (
         example={**_SMALL, "landmarks": 5, "conv_kernel": 3},
         options_for={"packed": {"conv_kernel": None}},
         degenerate=Degenerate({"landmarks": 307, "conv_kernel": None}, equals="full", equals_options={"rope": False}),
+    ),
+    Card(
+        name="memory-compressed",
+        family="low-rank",
+        summary="Convolutions with stride shorten the keys and values; every query attends to the short sequence.",
+        formula="y = softmax(Q K'^T / sqrt(d)) V',  K'_m = sum_i W_i k_{m f + i} + b, V' likewise;  causal: entry m from token "
+        "(m + 1) f - 1 on",
+        paper="Liu et al., Generating Wikipedia by Summarizing Long Sequences, arXiv:1801.10198",
+        year=2018,
+        used_by=("T-DMCA (WikiSum): local, compressed, local, compressed, local layers, f = 3",),
+        time="O(n^2 d / f) for f tokens per entry",
+        memory="O(n d)",
+        cache="2 h d_h per f tokens, and f uncompressed tokens; none when bidirectional",
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
+        caveats=(
+            "a causal layer sees no token of its own unfinished group, and the first f - 1 tokens see nothing (start='none'): "
+            "put "
+            "local layers beside it, as the paper does",
+            "tensor2tensor, by the same authors, convolves the hidden states, prepends the first token (start='first') and shows "
+            "an "
+            "entry one token later (strict=True); the memory-compressed-attention package pads on the left, prepends a learned "
+            "key "
+            "(start='null'), convolves head by head (per_head=True) and scales by the model's width instead of the head's",
+            "no position code: add positions to the input",
+            "sequences of different lengths in a packed batch are convolved one by one",
+            "tested against a loop over entries in fp64",
+        ),
+        reference="attlas.reference.multiscale:memory_compressed",
+        op="attlas.ops.attention:attention",
+        mixer="attlas.nn.compressed:MemoryCompressedAttention",
+        level=3,
+        example={**_SMALL, "factor": 3, "start": "first"},
+        options_for={
+            "bidirectional": {"causal": False, "start": "null"},
+            "decode": {"start": "null", "per_head": True},
+            "packed": {"start": "none", "strict": True, "factor": 2},
+        },
+        variants={"start": "null", "factor": 2},
+    ),
+    Card(
+        name="synthesizer",
+        family="low-rank",
+        summary="Attention weights that are predicted from the query token alone, or learned outright; may be mixed with dot "
+        "products.",
+        formula="y = softmax(sum_p alpha_p S_p) V;  dense S_ij = W2_j . relu(W1 x_i + b1) + b2_j, random S = R, factorised "
+        "random "
+        "S = R1 R2^T, factorised dense S_ij = A_i[j // b] B_i[j % b]",
+        paper="Tay et al., Synthesizer: Rethinking Self-Attention in Transformer Models, arXiv:2005.00743",
+        year=2020,
+        used_by=(),
+        time="O(n^2 d), without the products of queries and keys for all kinds but dot-product",
+        memory="O(n d) with n_max d weights; random: n_max^2 weights and O(n^2) scores, factorised dense O(n^2) scores",
+        cache="h d_h per token (v), twice that with dot-product; none when bidirectional",
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
+        caveats=(
+            "made for at most max_len positions: weights are learned for absolute positions",
+            "the shares of a mixture are softmax(mix); Mesh TensorFlow mixes dot products and random with a sigmoid",
+            "dense layers have a hidden layer of their own per head; factorised dense fills max_len with the outer product of a "
+            "and b "
+            "= ceil(sqrt(max_len)) outputs, cut at the end, where the paper wants a b = max_len",
+            "dot products are scaled by 1 / sqrt(d); T5 and Mesh TensorFlow do not scale",
+            "sequences of different lengths in a packed batch run one by one",
+            "tested against a loop over tokens in fp64; there is no other implementation in torch",
+        ),
+        reference="attlas.reference.multiscale:synthesizer",
+        op="attlas.ops.attention:attention",
+        mixer="attlas.nn.synthesizer:Synthesizer",
+        level=3,
+        example={**_SMALL, "max_len": 43, "kinds": ("dense", "factorised-random"), "hidden": 5, "rank": 3},
+        options_for={
+            "causal": {"causal": True, "kinds": ("factorised-dense", "factorised-random", "dot-product")},
+            "decode": {"causal": True},
+            "bidirectional": {"kinds": ("random", "factorised-random", "dense")},
+        },
+        variants={"kinds": ("dense", "factorised-random", "fixed-random"), "max_len": 31},
+    ),
+    Card(
+        name="lambda",
+        aliases=("lambda-networks", "lambda-layer"),
+        family="low-rank",
+        summary="The context becomes a linear map, and the neighbourhood of every position another; queries are put through "
+        "their sum.",
+        formula="y_n = (sum_m softmax_m(K)_m v_m^T + sum_m E_{m-n} v_m^T)^T q_n",
+        paper="Bello, LambdaNetworks: Modeling Long-Range Interactions Without Attention, arXiv:2102.08602",
+        year=2021,
+        used_by=("LambdaResNet",),
+        time="O(n d_k d (r / h + 1)) for a scope of r and h heads",
+        memory="O(n d_k d / h): a map per position",
+        cache="causal: (d_k + r) d / h numbers, whatever the length; none when bidirectional",
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward"}),
+        caveats=(
+            "for sequences: the scope is one-dimensional, and E a function of the distance alone",
+            "the causal form is not in the paper: a running softmax over the keys and a scope that looks back",
+            "batch norm on queries and values as in the paper, unless causal: while it trains, rows of a batch influence each "
+            "other",
+            "no softmax over the tokens for each query: not an average of values",
+            "no output projection, as in the paper; no bias in the position lambdas, which the lambda-networks package has",
+            "tested against the lambdas written out token by token in fp64",
+        ),
+        reference="attlas.reference.multiscale:lambda_layer",
+        op="attlas.ops.scan:scan",
+        mixer="attlas.nn.lambda_layer:LambdaLayer",
+        level=3,
+        example={"dim": 21, "num_heads": 3, "dim_k": 5, "dim_u": 2, "scope": 7},
+        options_for={
+            "causal": {"causal": True, "scope": 4},
+            "decode": {"causal": True},
+            "bounded-cache": {"causal": True},
+        },
+        variants={"norm": False, "scope": 5},
     ),
 )

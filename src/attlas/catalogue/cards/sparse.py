@@ -61,13 +61,14 @@ CARDS = (
         supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
         caveats=(
             "a key that is in several of the sets counts once; transformers in eval mode draws no random blocks and counts the "
-            "first block 1 + r times instead",
+            "first block 1 + r times instead: random_blocks=Undrawn(r) here, as the preset of checkpoints has it",
             "random blocks are drawn per head by a hash of seed and position, from all blocks; transformers draws from those "
             "that neither the window nor the ends cover, and from the global numpy generator",
             "the last block is that of the sequence, ragged where the length is no multiple of the block; no padding is needed",
             "bidirectional sequences of different lengths in one packed batch run one by one: their masks differ",
             "the causal form (no block from the end is global, blocks are drawn from the past) is not in the paper",
-            "short sequences keep the pattern; transformers falls back to full attention up to 5 + 2 r blocks",
+            "short sequences keep the pattern; transformers falls back to full attention up to 5 + 2 r blocks, as "
+            "Undrawn(r) does",
             "rotary positions by default; the paper adds learned positions to the input instead (rope=False)",
         ),
         mixer="attlas.nn.bigbird:bigbird",

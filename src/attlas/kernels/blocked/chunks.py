@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attlas.kernels.blocked.layout import SLAB_KEYS, Layout
-
-SCORES = 5 << 17  # scores that are held at a time, all heads of a chunk together: 2.5 MiB in fp32, so that they stay in cache
-
+from attlas.kernels.blocked.layout import SCORES, SLAB_KEYS, Layout
 
 NARROW = 16  # products with fewer columns: BLAS adds their terms one by one to what they are accumulated on
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
 from attlas.kernels.blocked.block_scores import LN2, LOG2E, BlockScores, Buffer
 from attlas.kernels.blocked.careful import masked_product
 from attlas.kernels.blocked.chunks import Chunk, Shape, add_product, chunks
+from attlas.kernels.blocked.gangs import Gang, gathered, put, taken
 from attlas.kernels.blocked.layout import Layout, Row
 from attlas.masks.geometry import Grid
 from attlas.scores import ScoreMod
@@ -37,9 +40,30 @@ class Forward:
         for chunk in chunks(self.shape, layout):
             self.score.start_chunk(chunk, self.shape.heads)
             keys, values = chunk.keys(self.k, self.shape.dtype), chunk.keys(self.v, self.shape.dtype)
-            for row in layout.rows(chunk.map_b, chunk.map_h, isolate=careful):
+            together: Sequence[Gang] = ()
+            rows: Iterable[Row]
+            if careful or mod is not None or self.sink is not None:
+                rows = layout.rows(chunk.map_b, chunk.map_h, isolate=careful)
+            else:
+                together, rows = layout.shared_out(chunk.map_b, chunk.map_h)
+            for gang in together:
+                self._gang(chunk, gang, keys, values, layout.block_q)
+            for row in rows:
                 self._row(chunk, row, keys, values)
         return out, self.stats
+
+    def _gang(self, chunk: Chunk, gang: Gang, keys: Tensor, values: Tensor, size: int) -> None:
+        """What `_row` does, for several rows of one slab without masked pairs."""
+        key, value = (gathered(x, gang, self.score.layout.block_k) for x in (keys, values))
+        queries = taken(self.q, chunk, gang, size, self.shape.dtype)
+        s = self.scores.shaped(queries.shape[0], size, key.shape[1])
+        torch.baddbmm(s, queries, key.transpose(1, 2), beta=0, alpha=self.score.factor, out=s)
+        top = s.amax(-1, keepdim=True)
+        weights = s.sub_(top).exp2_()
+        total = weights.sum(-1, keepdim=True)
+        put(self.out, chunk, gang, torch.bmm(weights, value).div_(total))
+        if self.stats is not None:
+            put(self.stats, chunk, gang, torch.cat([top, total], -1))
 
     def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
         dtype = self.shape.dtype

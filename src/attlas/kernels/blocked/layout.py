@@ -7,12 +7,14 @@ score buffer stays in cache. A slab names the tiles (sub-rectangles) in which so
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attlas.kernels.blocked.gangs import Gang, gangs
 from attlas.kernels.reach import Rectangle, rectangles
 from attlas.masks.block_map import BlockMap
 from attlas.masks.expr import All, Mask
@@ -20,6 +22,7 @@ from attlas.masks.geometry import Grid
 from attlas.masks.lru import BoundedCache
 
 SLAB_KEYS = 640  # keys of a slab: enough to hide the cost of a launch, few enough that the scores of a head fit the L2 cache
+SCORES = 5 << 17  # scores that are held at a time, all heads of a chunk together: 2.5 MiB in fp32, so that they stay in cache
 SHORT_RUN = 256  # runs of keys shorter than this are gathered into one slab, longer ones are read in place
 # Sizes of blocks: rows of a product (query block times heads of a group), keys of a block of the compiled mask, and the measured
 # rate of the products relative to the first. Large blocks run faster and waste more pairs at the edges of a mask.
@@ -54,6 +57,7 @@ class Layout(ABC):
     batch: int = 1
     heads: int = 1
     block_q: int
+    block_k: int = 1  # of a compiled mask
     mean_keys: float  # keys that a query works through, on average
 
     @abstractmethod
@@ -63,6 +67,10 @@ class Layout(ABC):
     @abstractmethod
     def seen(self, tile: int) -> Tensor:
         """bool [at least the row's queries, at least the tile's width]: True = may attend."""
+
+    def shared_out(self, b: int, h: int) -> tuple[Sequence[Gang], Iterable[Row]]:
+        """Rows that are worked on together, and the others."""
+        return (), self.rows(b, h)
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -124,13 +132,15 @@ class MapLayout(Layout):
     def __init__(self, block_map: BlockMap, device: torch.device):
         super().__init__(device)
         self.map = block_map
-        self.batch, self.heads, self.block_q = block_map.batch, block_map.heads, block_map.block_q
+        self.batch, self.heads = block_map.batch, block_map.heads
+        self.block_q, self.block_k = block_map.block_q, block_map.block_k
         self._blocks = -(-block_map.q_len // block_map.block_q)
         self._ptr: list[int] = block_map.row_ptr.tolist()
         self._cols: list[int] = block_map.cols.tolist()
         self._tiles: list[int] = block_map.tile_ids.tolist()
         self.mean_keys = len(self._cols) * block_map.block_k / max(1, len(self._ptr) - 1)
         self._kept: tuple[Row, ...] | None = None
+        self._shared: dict[tuple[int, int], tuple[tuple[Gang, ...], tuple[Row, ...]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +153,18 @@ class MapLayout(Layout):
         if self._kept is None:
             self._kept = tuple(self._make_rows(b, h, isolate))
         return self._kept
+
+    def shared_out(self, b: int, h: int) -> tuple[Sequence[Gang], Iterable[Row]]:
+        if self.heads == 1:  # the heads are worked on together
+            return (), self.rows(b, h)
+        if (b, h) not in self._shared:
+            first = (b * self.heads + h) * self._blocks
+            ends = self._ptr[first : first + self._blocks + 1]
+            rows = [(self._cols[a:e], self._tiles[a:e]) for a, e in pairwise(ends)]
+            found = tuple(gangs(self.map, rows, (SLAB_KEYS, SCORES), self.device))
+            done = {i * self.block_q for gang in found for i in gang.rows.tolist()}
+            self._shared[b, h] = found, tuple(row for row in self._make_rows(b, h, False) if row.q0 not in done)
+        return self._shared[b, h]
 
     def _make_rows(self, b: int, h: int, isolate: bool) -> Iterator[Row]:
         bq, q_len = self.block_q, self.map.q_len

@@ -20,10 +20,10 @@ def wkv(
     valid [N, T] False: a token at the end of its row that weighs nothing and does not decay. Returns (y, average, log_mass).
     """
     outs = []
-    for lo in range(0, k.shape[1], CHUNK):
-        hi = min(lo + CHUNK, k.shape[1])
-        here = None if valid is None else valid[:, lo:hi]
-        y, average, log_mass = _chunk(k[:, lo:hi], v[:, lo:hi], log_decay, bonus, average, log_mass, here)
+    keys, values = k.split(CHUNK, 1), v.split(CHUNK, 1)  # one split has one gradient; slices would each have one as long as k
+    marks = [None] * len(keys) if valid is None else valid.split(CHUNK, 1)
+    for key, value, here in zip(keys, values, marks, strict=True):
+        y, average, log_mass = _chunk(key, value, log_decay, bonus, average, log_mass, here)
         outs.append(y)
     return torch.cat(outs, 1), average, log_mass
 

@@ -2,6 +2,7 @@
 //
 // Inside a run, decay is counted from its first token (G_0 = 0), so q e^G and k e^-G are bounded by the decay across the run; a run ends where
 // that passes kRange. So nothing over- or underflows, and no pair is dropped, however strong the decay is (runs then get short).
+// With q' = q e^G scale and k' = k e^-G: out = tril(q' k'^T) v + q' S and S <- e^end (S + k'^T v), where S already bears the first token's decay.
 #pragma once
 #include "scan_api.h"
 #include "simd.h"
@@ -10,6 +11,7 @@ namespace {
 
 constexpr int kRun = 64;         // longest run; checkpoints stand every kRun tokens, and no run crosses one
 constexpr float kRange = 40.0f;  // natural log
+constexpr int kFetch = 16;       // rows asked for before each of four products
 
 #ifdef __AVX512F__
 constexpr int TR = 6, TV = 4;  // rows and vectors of a register tile
@@ -94,9 +96,9 @@ void scan_transpose(const float* src, int64_t lds, int rows, int cols, float* ds
 
 struct ScanBuffers {
   int K, V, kp, vp;  // dims, and rounded up to whole vectors
-  float *q, *kh, *kb, *v, *o, *A, *T1, *T2, *S, *up, *G, *G_low, *first, *end;
+  float *q, *kh, *v, *o, *A, *T1, *T2, *S, *up, *down, *G, *G_low, *first, *end;
   // backward
-  float *dS, *dq, *dkh, *dkb, *dA, *runs;
+  float *dS, *dq, *dkh, *dA, *runs;
   int* bounds;
 
   static size_t plan(const AttlasScan* a, int backward, char* base, ScanBuffers* s) {
@@ -109,11 +111,11 @@ struct ScanBuffers {
     ScanBuffers b;
     b.K = (int)a->dim_k, b.V = (int)a->dim_v, b.kp = (int)round_up(b.K, VL), b.vp = (int)round_up(b.V, VL);
     size_t side = (size_t)(b.kp > b.vp ? b.kp : b.vp);
-    b.q = take(kRun * b.kp), b.kh = take(kRun * b.kp), b.kb = take(kRun * b.kp), b.v = take(kRun * b.vp), b.o = take(kRun * b.vp);
+    b.q = take(kRun * b.kp), b.kh = take(kRun * b.kp), b.v = take(kRun * b.vp), b.o = take(kRun * b.vp);
     b.A = take(kRun * kRun), b.T1 = take(side * (side > kRun ? side : kRun)), b.T2 = take(side * (side > kRun ? side : kRun));
-    b.S = take((size_t)b.kp * b.vp), b.up = take(kRun * b.kp), b.G = take(kRun * b.kp), b.G_low = take(kRun * b.kp), b.first = take(b.kp), b.end = take(b.kp);
+    b.S = take((size_t)b.kp * b.vp), b.up = take(kRun * b.kp), b.down = take(kRun * b.kp), b.G = take(kRun * b.kp), b.G_low = take(kRun * b.kp), b.first = take(b.kp), b.end = take(b.kp);
     if (backward) {
-      b.dS = take((size_t)b.kp * b.vp), b.dq = take(kRun * b.kp), b.dkh = take(kRun * b.kp), b.dkb = take(kRun * b.kp), b.dA = take(kRun * kRun);
+      b.dS = take((size_t)b.kp * b.vp), b.dq = take(kRun * b.kp), b.dkh = take(kRun * b.kp), b.dA = take(kRun * kRun);
       b.runs = take((size_t)kRun * b.kp * b.vp), b.bounds = (int*)take(kRun + 1);
     }
     if (s) *s = b;
@@ -129,63 +131,99 @@ struct ScanHead {
   INL const float* at(const float* p, const AttlasStride& st, int64_t t) const { return p + b * st.batch + t * st.row + h * st.head; }
   INL int64_t flat(int64_t t, int64_t width) const { return ((b * a->length + t) * a->heads + h) * width; }  // contiguous [B, T, H, width]
 
+  // The rows of one head lie far apart, so the hardware does not see which come next: they are asked for while the run before them is computed.
+  int64_t next_row = 0, end_row = 0;
+  template <int WRITE>
+  INL static void ask(const float* row, int n) {
+    for (int d = 0; d < n; d += 16) __builtin_prefetch(row + d, WRITE, 2);
+  }
+  void fetch(int rows, bool backward) {
+    for (; rows > 0 && next_row < end_row; rows--, next_row++) {
+      ask<0>(at(a->q, a->sq, next_row), s.K), ask<0>(at(a->k, a->sk, next_row), s.K), ask<0>(at(a->v, a->sv, next_row), s.V);
+      if (a->decay_dim) ask<0>(at(a->g, a->sg, next_row), (int)a->decay_dim);
+      if (!backward) {
+        ask<1>(a->out + flat(next_row, s.V), s.V);
+        continue;
+      }
+      ask<0>(at(a->dout, a->sdo, next_row), s.V);
+      ask<1>(a->dq + flat(next_row, s.K), s.K), ask<1>(a->dk + flat(next_row, s.K), s.K), ask<1>(a->dv + flat(next_row, s.V), s.V);
+      if (a->decay_dim) ask<1>(a->dg + flat(next_row, a->decay_dim), (int)a->decay_dim);
+    }
+  }
+
   static void copy_row(const float* src, int n, int np, float* dst) {
     for (int d = 0; d < np; d += VL) store(dst + d, d < n ? load_as_f32(src + d, n - d) : zero());
   }
 
-  // Loads the decay of a run that starts at t: fills G (from the run's first token) and `first` (that token's own), returns the run's length.
+  bool per_token() const { return a->decay_dim == 1; }
+
+  // Loads the decay of a run that starts at t: G (from the run's first token, as high + low) and e^G, e^-G, `end` = e^(G of the last token),
+  // `first` = e^(the first token's own). Per token these are one number a token. Returns the run's length.
   int decay(int64_t t, int limit) {
     if (!a->decay_dim) return limit;
-    int width = a->decay_dim == 1 ? 1 : s.K, padded = a->decay_dim == 1 ? 1 : s.kp;
-    const float* g = at(a->g, a->sg, t);
-    for (int d = 0; d < padded; d++) s.first[d] = d < width ? g[d] : 0.0f, s.G[d] = s.G_low[d] = 0.0f;
-    int n = 1;
-    for (; n < limit; n++) {
-      g = at(a->g, a->sg, t + n);
-      const float *before = s.G + (n - 1) * padded, *before_low = s.G_low + (n - 1) * padded;
-      float *now = s.G + n * padded, *now_low = s.G_low + n * padded;
-      int broken = 0;
-      for (int d = 0; d < width; d++) {
-        double x = ((double)before[d] + (double)before_low[d]) + (double)g[d];
-        float high = (float)x;
-        now[d] = high, now_low[d] = (float)(x - (double)high);
-        broken |= high < -kRange;
-      }
-      for (int d = width; d < padded; d++) now[d] = now_low[d] = 0.0f;
-      if (broken) break;
+    int n = per_token() ? sum_per_token(t, limit) : sum_per_channel(t, limit);
+    int rows = per_token() ? 1 : n, width = per_token() ? kRun : s.kp;
+    for (int at = 0; at < rows * width; at += VL) {
+      V up = exp_sum(load(s.G + at), load(s.G_low + at));
+      store(s.up + at, up);
+      store(s.down + at, div(set1(1.0f), up));
+    }
+    V own = exp_sum(set1(s.first[0]), zero());
+    for (int d = 0; d < s.kp; d += VL) {
+      store(s.end + d, per_token() ? set1(s.up[n - 1]) : load(s.up + (n - 1) * s.kp + d));
+      store(s.first + d, per_token() ? own : exp_sum(load(s.first + d), zero()));
     }
     return n;
   }
 
-  INL V decay_at(const float* row, int d) const { return a->decay_dim == 1 ? set1(row[0]) : load(row + d); }
+  int sum_per_token(int64_t t, int limit) {
+    double total = 0;
+    memset(s.G, 0, sizeof(float) * kRun), memset(s.G_low, 0, sizeof(float) * kRun);
+    s.first[0] = *at(a->g, a->sg, t);
+    int n = 1;
+    for (; n < limit; n++) {
+      total += (double)*at(a->g, a->sg, t + n);
+      if (total < -kRange) break;
+      s.G[n] = (float)total, s.G_low[n] = (float)(total - (double)s.G[n]);
+    }
+    return n;
+  }
 
-  // q e^G scale, k e^-G, k e^(end - G), v; `up` = e^G; `end` = e^(G of the last token); `first` = e^(own decay of the first token)
+  int sum_per_channel(int64_t t, int limit) {
+    copy_row(at(a->g, a->sg, t), s.K, s.kp, s.first);
+    memset(s.G, 0, sizeof(float) * s.kp), memset(s.G_low, 0, sizeof(float) * s.kp);
+    int n = 1;
+    for (; n < limit; n++) {
+      const float* g = at(a->g, a->sg, t + n);
+      const float *before = s.G + (n - 1) * s.kp, *before_low = s.G_low + (n - 1) * s.kp;
+      float *now = s.G + n * s.kp, *now_low = s.G_low + n * s.kp;
+      V farthest = zero();
+      for (int d = 0; d < s.kp; d += VL) {  // the exact rounding error of high + step goes to low
+        V high = load(before + d), step = d < s.K ? load_as_f32(g + d, s.K - d) : zero(), sum = add(high, step), part = sub(sum, high);
+        V lost = add(sub(high, sub(sum, part)), sub(step, part));
+        store(now + d, sum);
+        store(now_low + d, add(load(before_low + d), lost));
+        farthest = max(farthest, abs(sum));
+      }
+      if (hmax(farthest) > kRange) break;
+    }
+    return n;
+  }
+
+  // q e^G scale, k e^-G, v
   void load_run(int64_t t, int n) {
     const V scale = set1((float)a->scale);
-    int padded = a->decay_dim == 1 ? 1 : s.kp;
     for (int i = 0; i < n; i++) {
-      copy_row(at(a->q, a->sq, t + i), s.K, s.kp, s.q + i * s.kp);
-      copy_row(at(a->k, a->sk, t + i), s.K, s.kp, s.kh + i * s.kp);
-      copy_row(at(a->v, a->sv, t + i), s.V, s.vp, s.v + i * s.vp);
+      const float *q = at(a->q, a->sq, t + i), *k = at(a->k, a->sk, t + i);
+      V up = per_token() ? set1(s.up[i]) : set1(1.0f), down = per_token() ? set1(s.down[i]) : set1(1.0f);
       for (int d = 0; d < s.kp; d += VL) {
-        float *q = s.q + i * s.kp + d, *kh = s.kh + i * s.kp + d;
-        if (!a->decay_dim) {
-          store(q, mul(load(q), scale));
-          store(s.kb + i * s.kp + d, load(kh));
-          continue;
-        }
-        V up = exp_sum(decay_at(s.G + i * padded, d), decay_at(s.G_low + i * padded, d));
-        store(s.up + i * s.kp + d, up);
-        store(q, mul(mul(load(q), scale), up));
-        store(kh, div(load(kh), up));
+        if (a->decay_dim > 1) up = load(s.up + i * s.kp + d), down = load(s.down + i * s.kp + d);
+        V here = d < s.K ? load_as_f32(q + d, s.K - d) : zero(), there = d < s.K ? load_as_f32(k + d, s.K - d) : zero();
+        store(s.q + i * s.kp + d, mul(mul(here, scale), up));
+        store(s.kh + i * s.kp + d, mul(there, down));
       }
+      copy_row(at(a->v, a->sv, t + i), s.V, s.vp, s.v + i * s.vp);
     }
-    for (int d = 0; d < s.kp; d += VL) {
-      store(s.end + d, a->decay_dim ? load(s.up + (n - 1) * s.kp + d) : set1(1.0f));
-      for (int i = 0; i < n && a->decay_dim; i++) store(s.kb + i * s.kp + d, mul(load(s.kh + i * s.kp + d), load(s.end + d)));
-    }
-    V own = exp_sum(set1(s.first[0]), zero());
-    for (int d = 0; d < s.kp && a->decay_dim; d += VL) store(s.first + d, a->decay_dim == 1 ? own : exp_sum(load(s.first + d), zero()));
   }
 
   static void scale_rows(float* m, int rows, int ld, const float* by) {
@@ -205,9 +243,9 @@ struct ScanHead {
       for (int j = i + 1; j < kRun; j++) A[i * kRun + j] = 0.0f;
   }
 
-  void advance(int n) {  // S (already scaled by `first`) -> e^end S + kb^T v
+  void advance(int n) {  // S (already scaled by `first`) -> e^end (S + k'^T v)
+    scan_gemm(s.K, s.vp, n, s.kh, 1, s.kp, s.v, s.vp, s.S, s.vp, true);
     if (a->decay_dim) scale_rows(s.S, s.K, s.vp, s.end);
-    scan_gemm(s.K, s.vp, n, s.kb, 1, s.kp, s.v, s.vp, s.S, s.vp, true);
   }
 
   void load_state(const float* from, float* to) {
@@ -231,9 +269,14 @@ struct ScanHead {
       int n = decay(t, left);
       load_run(t, n);
       if (a->decay_dim) scale_rows(s.S, s.K, s.vp, s.first);
+      next_row = t + n, end_row = next_row + kRun < a->length ? next_row + kRun : a->length;
+      fetch(kFetch, false);
       scores(n);
+      fetch(kFetch, false);
       scan_gemm(n, s.vp, n, s.A, kRun, 1, s.v, s.vp, s.o, s.vp, false, LOWER_A);
+      fetch(kFetch, false);
       scan_gemm(n, s.vp, s.K, s.q, s.kp, 1, s.S, s.vp, s.o, s.vp, true);
+      fetch(kRun, false);
       for (int i = 0; i < n; i++)
         for (int d = 0; d < s.V; d += VL) store_from_f32(a->out + flat(t + i, s.V) + d, load(s.o + i * s.vp + d), s.V - d);
       advance(n);
@@ -263,6 +306,7 @@ struct ScanHead {
       }
       for (int r = count - 1; r >= 0; r--) {
         memcpy(s.S, s.runs + (size_t)r * s.kp * s.vp, sizeof(float) * s.kp * s.vp);
+        if (r < count - 1) decay(t0 + s.bounds[r], s.bounds[r + 1] - s.bounds[r]);  // the last one's is still there
         backward_run(t0 + s.bounds[r], s.bounds[r + 1] - s.bounds[r]);
       }
     }
@@ -270,29 +314,34 @@ struct ScanHead {
   }
 
   void backward_run(int64_t t, int n) {
-    decay(t, n);
     load_run(t, n);
     if (a->decay_dim) scale_rows(s.S, s.K, s.vp, s.first);
     scores(n);
     for (int i = 0; i < n; i++) copy_row(at(a->dout, a->sdo, t + i), s.V, s.vp, s.o + i * s.vp);
+    end_row = t, next_row = t > kRun ? t - kRun : 0;
+    fetch(kFetch, true);
     scan_transpose(s.v, s.vp, n, s.vp, s.T1, kRun);
     scan_gemm(n, kRun, s.V, s.o, s.vp, 1, s.T1, kRun, s.dA, kRun, false, LOWER_OUT);
     clear_above(s.dA, n);
     scan_transpose(s.S, s.vp, s.kp, s.vp, s.T1, s.kp);
     scan_gemm(n, s.kp, s.V, s.o, s.vp, 1, s.T1, s.kp, s.dq, s.kp, false);
+    fetch(kFetch, true);
     scan_gemm(n, s.kp, n, s.dA, kRun, 1, s.kh, s.kp, s.dq, s.kp, true, LOWER_A);
-    scan_gemm(n, s.kp, n, s.dA, 1, kRun, s.q, s.kp, s.dkh, s.kp, false, UPPER_A);
+    if (a->decay_dim) scale_rows(s.dS, s.K, s.vp, s.end);
     scan_transpose(s.dS, s.vp, s.kp, s.vp, s.T2, s.kp);
-    scan_gemm(n, s.kp, s.V, s.v, s.vp, 1, s.T2, s.kp, s.dkb, s.kp, false);
-    // dv = A^T dout + kb dS, into the place of v once v is not needed any more
+    scan_gemm(n, s.kp, s.V, s.v, s.vp, 1, s.T2, s.kp, s.dkh, s.kp, false);
+    if (a->decay_dim) end_decay(n);
+    fetch(kFetch, true);
+    scan_gemm(n, s.kp, n, s.dA, 1, kRun, s.q, s.kp, s.dkh, s.kp, true, UPPER_A);
+    // dv = A^T dout + k' dS, into the place of v once v is not needed any more
     scan_gemm(n, s.vp, n, s.A, 1, kRun, s.o, s.vp, s.v, s.vp, false, UPPER_A);
-    scan_gemm(n, s.vp, s.K, s.kb, s.kp, 1, s.dS, s.vp, s.v, s.vp, true);
+    fetch(kRun, true);
+    scan_gemm(n, s.vp, s.K, s.kh, s.kp, 1, s.dS, s.vp, s.v, s.vp, true);
     for (int i = 0; i < n; i++)
       for (int d = 0; d < s.V; d += VL) store_from_f32(a->dv + flat(t + i, s.V) + d, load(s.v + i * s.vp + d), s.V - d);
     write_qk(t, n);
     if (a->decay_dim) write_decay(t, n);
-    // dS <- first * (end * dS + q^T dout)
-    if (a->decay_dim) scale_rows(s.dS, s.K, s.vp, s.end);
+    // dS <- first * (end * dS + q'^T dout)
     scan_gemm(s.K, s.vp, n, s.q, 1, s.kp, s.o, s.vp, s.dS, s.vp, true);
     if (a->decay_dim) {
       own_decay(t);
@@ -302,18 +351,15 @@ struct ScanHead {
 
   void write_qk(int64_t t, int n) {
     const V scale = set1((float)a->scale);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
+      V up = per_token() ? set1(s.up[i]) : set1(1.0f), down = per_token() ? set1(s.down[i]) : set1(1.0f);
       for (int d = 0; d < s.K; d += VL) {
         int at = i * s.kp + d;
-        V dq = mul(load(s.dq + at), scale), dkh = load(s.dkh + at), dkb = load(s.dkb + at), dk = add(dkh, dkb);
-        if (a->decay_dim) {
-          V up = load(s.up + at), down = div(set1(1.0f), up);
-          dq = mul(dq, up);
-          dk = mul(fma(dkb, load(s.end + d), dkh), down);
-        }
-        store_from_f32(a->dq + flat(t + i, s.K) + d, dq, s.K - d);
-        store_from_f32(a->dk + flat(t + i, s.K) + d, dk, s.K - d);
+        if (a->decay_dim > 1) up = load(s.up + at), down = load(s.down + at);
+        store_from_f32(a->dq + flat(t + i, s.K) + d, mul(mul(load(s.dq + at), scale), up), s.K - d);
+        store_from_f32(a->dk + flat(t + i, s.K) + d, mul(load(s.dkh + at), down), s.K - d);
       }
+    }
   }
 
   // sum over v of S[d][v] dS[d][v]
@@ -323,31 +369,40 @@ struct ScanHead {
     return hsum(sum);
   }
 
-  // Gradient of the decay of tokens 1 ... n - 1 of the run: those count in every G from theirs on, and in the run's end.
+  // Gradient of the run's end, per channel, into s.G_low: e^end scales the state and what the run wrote to it. Here dS bears e^end already.
+  void end_decay(int n) {
+    for (int d = 0; d < s.kp; d += VL) {
+      V sum = zero();
+      for (int i = 0; i < n; i++) sum = fma(load(s.kh + i * s.kp + d), load(s.dkh + i * s.kp + d), sum);
+      store(s.G_low + d, sum);
+    }
+    for (int d = 0; d < s.K; d++) s.G_low[d] += state_product(d);
+  }
+
+  // Gradient of the decay of tokens 1 ... n - 1 of the run: that of token i is in every G from i on, so it is a sum from the end.
   void write_decay(int64_t t, int n) {
     const int K = s.K;
-    double total[ATTLAS_MAX_DIM];
-    for (int d = 0; d < K; d++) total[d] = (double)state_product(d) * s.end[d];
-    for (int i = 0; i < n; i++) {
-      const float *kb = s.kb + i * s.kp, *dkb = s.dkb + i * s.kp;
-      for (int d = 0; d < K; d++) total[d] += (double)(kb[d] * dkb[d]);
-    }
+    double total[ATTLAS_MAX_DIM], sum = 0;
+    for (int d = 0; d < K; d++) total[d] = (double)s.G_low[d], sum += total[d];
     for (int i = n - 1; i >= 1; i--) {
-      const float *q = s.q + i * s.kp, *dq = s.dq + i * s.kp, *kh = s.kh + i * s.kp, *dkh = s.dkh + i * s.kp, *kb = s.kb + i * s.kp, *dkb = s.dkb + i * s.kp;
-      for (int d = 0; d < K; d++) total[d] += (double)(q[d] * dq[d]) - (double)(kh[d] * dkh[d]) - (double)(kb[d] * dkb[d]);
-      if (a->decay_dim == 1) {
-        double sum = 0;
-        for (int d = 0; d < K; d++) sum += total[d];
+      const float *q = s.q + i * s.kp, *dq = s.dq + i * s.kp, *kh = s.kh + i * s.kp, *dkh = s.dkh + i * s.kp;
+      if (per_token()) {
+        V x = zero(), y = zero();
+        for (int d = 0; d < s.kp; d += VL) x = fma(load(q + d), load(dq + d), x), y = fma(load(kh + d), load(dkh + d), y);
+        sum += (double)hsum(x) - (double)hsum(y);
         a->dg[flat(t + i, 1)] = (float)sum;
-      } else {
-        float* dg = a->dg + flat(t + i, K);
-        for (int d = 0; d < K; d++) dg[d] = (float)total[d];
+        continue;
+      }
+      float* dg = a->dg + flat(t + i, K);
+      for (int d = 0; d < K; d++) {
+        total[d] += (double)(q[d] * dq[d]) - (double)(kh[d] * dkh[d]);
+        dg[d] = (float)total[d];
       }
     }
   }
 
   void own_decay(int64_t t) {  // of the first token: it scales the whole state; dS is here the gradient of the scaled state
-    int wide = a->decay_dim == 1 ? 1 : s.K;
+    int wide = per_token() ? 1 : s.K;
     double sum = 0;
     for (int d = 0; d < s.K; d++) {
       float x = state_product(d);

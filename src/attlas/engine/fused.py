@@ -1,0 +1,292 @@
+"""The same forward as the model's own, for serving on a CPU: packed weights, joined projections, keys written where they belong.
+
+The model's layers define what is computed; a layer that this file does not know runs as it is. What is joined: q, k, v in one
+map, gate and up in one map, a residual with the norm that reads it, rotation with the write to the cache. Weights are copied when
+the engine is made: changing the model's weights later does not reach them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attlas.cache.groups import LayerPart
+from attlas.cache.layer import Cache
+from attlas.cache.store import PageStore
+from attlas.engine.program import Program
+from attlas.engine.runner import Runner
+from attlas.kernels.cpu import dense, launch
+from attlas.kernels.cpu.attention import FEW_QUERIES
+from attlas.models.layers import FeedForward, Layer, Step, UnitOffsetRMSNorm
+from attlas.models.tokens import Tokens
+from attlas.models.transformer import Transformer
+from attlas.nn.attention import Attention
+from attlas.ops.cached import attention_cached
+from attlas.ops.decode import DecodeRule, cascade_pages, rule_for, shared_tokens
+from attlas.positions.rope import Rope
+from attlas.shapes import SeqInfo
+
+SHORT = 256  # tokens of a text
+
+
+@dataclass
+class Shared:
+    """What all layers of one step share."""
+
+    seq: SeqInfo
+    positions: Tensor
+    step: Step
+    each: int  # queries of each call of the kernel's decode: of every sequence, or 1 where tokens stand alone; 0 = it cannot run
+    alone: bool  # every token is attended to by itself
+    angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    prefixes: dict[int, int] = field(default_factory=dict)
+
+    def turn(self, rope: Rope | None) -> tuple[Tensor, Tensor] | None:
+        if rope is None:
+            return None
+        if rope not in self.angles:
+            cos, sin = rope.cos_sin(self.positions)
+            self.angles[rope] = cos.flatten(1).contiguous(), sin.flatten(1).contiguous()
+        return self.angles[rope]
+
+    def prefix(self, part: LayerPart, rule: DecodeRule) -> int:
+        """Leading tokens that lie in the same pages for all sequences, where reading them once for all pays."""
+        key = id(part.group)
+        if key not in self.prefixes:
+            self.prefixes[key] = shared_tokens(self.table(part)[0], part.page_size, self.ends, self.each, rule)
+        return self.prefixes[key]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of each sequence, the new ones included."""
+        return tuple(a + n for a, n in zip(self.seq.first, self.seq.lengths, strict=True))
+
+    def table(self, part: LayerPart) -> tuple[Tensor, Tensor]:
+        """The block table of each sequence (of each token, where they stand alone), and how many tokens it may look at."""
+        key = id(part.group)
+        if key not in self.tables:
+            rows = list(self.seq.rows)
+            table = part.tables.select(rows)
+            if any(part.group.gaps[row][1] for row in rows):
+                # The kernel skips what lies behind the window, but not page by page: let it find the row's own numbers there.
+                held = torch.tensor([part.tables.pages[row][-1] for row in rows], dtype=torch.int32)[:, None]
+                table = torch.where(table < 0, held, table)
+            lengths = torch.tensor(self.ends, dtype=torch.int64)
+            if self.alone:
+                table = table.repeat_interleave(torch.tensor(self.seq.lengths), dim=0)
+                lengths = self.positions + 1
+            self.tables[key] = table.contiguous(), lengths
+        return self.tables[key]
+
+
+class FusedNorm:
+    """RMS norm of the sum of x and what was computed last; x becomes the sum."""
+
+    def __init__(self, norm: nn.RMSNorm | UnitOffsetRMSNorm) -> None:
+        self.weight, self.unit_offset = norm.weight.detach(), isinstance(norm, UnitOffsetRMSNorm)
+        # torch: the smallest number of the dtype
+        self.eps = torch.finfo(self.weight.dtype).eps if norm.eps is None else norm.eps
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return dense.norm_(x, residual, self.weight, self.eps, unit_offset=self.unit_offset)
+
+
+class FusedAttention:
+    """A plain softmax attention layer over the pages of its part."""
+
+    def __init__(self, mixer: Attention, part: LayerPart, rule: DecodeRule) -> None:
+        self.mixer, self.part, self.rule = mixer, part, rule
+        self.qkv = joined(mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        self.out = joined(mixer.o_proj)
+
+    def __call__(self, y: Tensor, shared: Shared) -> Tensor:
+        mixer, part, seq = self.mixer, self.part, shared.seq
+        qkv = self.qkv(y)
+        slots = part.group.slots_to_write(seq.rows, seq.first, seq.lengths)
+        k, v = part.store.tensors
+        interleaved = mixer.rope is not None and mixer.rope.interleaved
+        dense.rotate_and_store_(qkv, mixer.num_heads, shared.turn(mixer.rope), interleaved, (k, v), slots)
+        for row, first, n in zip(seq.rows, seq.first, seq.lengths, strict=True):
+            part.stand(row, first + n)
+        q = qkv[:, : mixer.num_heads * mixer.head_dim].unflatten(1, (mixer.num_heads, mixer.head_dim))
+        out = self._attend(q, shared)
+        part.end_step()
+        return self.out(out.reshape(len(out), -1))
+
+    def _attend(self, q: Tensor, shared: Shared) -> Tensor:
+        """q [T, H, D] -> [T, H, D]"""
+        rule, mixer = self.rule, self.mixer
+        if shared.each:
+            table, lengths = shared.table(self.part)
+            k, v = self.part.store.tensors
+            q = q.unflatten(0, (-1, shared.each))
+            prefix = shared.prefix(self.part, rule) if self.part.cascade else 0
+            if prefix:
+                return cascade_pages(q, (k, v), table, shared.ends, rule, prefix)[0].flatten(0, 1)
+            out, _ = launch.decode(
+                q,
+                k,
+                v,
+                lengths,
+                rule.visible,
+                rule.scale,
+                block_table=table,
+                softcap=rule.softcap,
+                alibi=rule.alibi,
+                sink=rule.sink,
+            )
+            return out.flatten(0, 1)
+        score_mod = mixer.score_mod(q.device)
+        options: dict[str, Any] = {"score_mod": score_mod, "scale": mixer.scale, "sink": mixer.sink, "impl": mixer.impl}
+        return attention_cached(q, self.part, seq=shared.seq, mask=mixer.mask, **options)
+
+
+class FusedFeedForward:
+    """down(silu(gate(y)) * up(y))"""
+
+    def __init__(self, ffn: FeedForward) -> None:
+        assert ffn.gate is not None
+        self.up, self.down = joined(ffn.gate, ffn.up), joined(ffn.down)
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return self.down(dense.gate(self.up(y)))
+
+
+class FusedLayer:
+    """x + mixer(norm(x)), then + ffn(norm(x)), with each sum made by the norm that reads it."""
+
+    def __init__(self, layer: Layer, caches: list[Cache]) -> None:
+        self.layer, self.caches = layer, caches
+        self.norm_mixer = fused_norm(layer.norm_mixer)
+        self.norm_ffn = fused_norm(layer.norm_ffn)
+        self.attention = fused_attention(layer, caches)
+        self.ffn = fused_feed_forward(layer.ffn)
+        usual = layer.position == "pre" and not layer.parallel and layer.cross is None and len(caches) == 1
+        # Whether the residual arrangement is the one below, and whether every piece is one of this file's.
+        self.plain = usual and self.norm_mixer is not None and (layer.ffn is None or self.norm_ffn is not None)
+        self.known = self.plain and self.attention is not None and (layer.ffn is None or self.ffn is not None)
+
+    def __call__(self, x: Tensor, residual: Tensor | None, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        if not self.plain:
+            return self.layer(x if residual is None else x + residual, shared.step, self.caches), None
+        assert self.norm_mixer is not None
+        y = self.norm_mixer(x, residual)
+        residual = self.attention(y, shared) if self.attention is not None else self._mix(y, shared)
+        if self.layer.ffn is None:
+            return x, residual
+        assert self.norm_ffn is not None
+        y = self.norm_ffn(x, residual)
+        return x, self.ffn(y) if self.ffn is not None else self.layer.ffn(y)
+
+    def _mix(self, y: Tensor, shared: Shared) -> Tensor:
+        return self.layer.mixer(y, seq=shared.seq, cache=self.caches[0]).contiguous()
+
+
+def joined(*maps: nn.Linear) -> dense.PackedLinear:
+    """Maps of one input as one."""
+    weight = torch.cat([m.weight.detach() for m in maps])
+    if all(m.bias is None for m in maps):
+        return dense.PackedLinear(weight)
+    parts = [weight.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in maps]
+    return dense.PackedLinear(weight, torch.cat(parts))
+
+
+def fused_norm(norm: nn.Module | None) -> FusedNorm | None:
+    return FusedNorm(norm) if isinstance(norm, UnitOffsetRMSNorm) or type(norm) is nn.RMSNorm else None
+
+
+def fused_attention(layer: Layer, caches: list[Cache]) -> FusedAttention | None:
+    """None when the mixer is not plain attention over plain pages, by the kernel's rules."""
+    mixer, part = layer.mixer, caches[0].parts[0]
+    if type(mixer) is not Attention or mixer.q_norm is not None or mixer.impl not in ("auto", "cpu"):
+        return None
+    if not isinstance(part, LayerPart) or type(part.store) is not PageStore or part.dtype != mixer.q_proj.weight.dtype:
+        return None
+    with torch.inference_mode():
+        q = mixer.q_proj.weight.new_empty(0, mixer.num_heads, mixer.head_dim)
+        score_mod = mixer.score_mod(q.device)
+        rule = rule_for(q, mask=mixer.mask, score_mod=score_mod, scale=mixer.scale, sink=mixer.sink, impl=mixer.impl)
+    return None if rule is None else FusedAttention(mixer, part, rule)
+
+
+def fused_feed_forward(ffn: nn.Module | None) -> FusedFeedForward | None:
+    return FusedFeedForward(ffn) if type(ffn) is FeedForward and ffn.gate is not None and ffn.act is F.silu else None
+
+
+class FusedRunner(Runner):
+    """Runs the layers of a decoder as above. With `alone` every token attends by itself: its logits are then a function of its
+    sequence, to the bit."""
+
+    def __init__(self, model: Transformer, caches: list[Cache], *, alone: bool = False) -> None:
+        super().__init__(model, caches)
+        self.alone = alone
+        stack = model.decoder
+        assert stack is not None and model.head is not None
+        self.layers, at = [], 0
+        for layer in stack.blocks:
+            end = at + len(layer.mixers())
+            self.layers.append(FusedLayer(layer, caches[at:end]))
+            at = end
+        self.norm = fused_norm(stack.norm)
+        head = model.head
+        plain = head.dense is None
+        table = model.embed.tokens.weight if head.weight is None else head.weight
+        self.head = dense.PackedLinear(table, head.bias) if plain else None
+        known = self.norm is not None and all(layer.known for layer in self.layers)
+        self.program = Program(self.layers, self.norm, model.embed.tokens.weight) if known and self.norm is not None else None
+
+    @staticmethod
+    def unsupported(model: Transformer) -> str | None:
+        """Why the model's own forward has to be used, None = it need not."""
+        weight = model.embed.tokens.weight
+        if len({p.dtype for p in model.parameters()}) > 1:
+            return "the parameters have several dtypes"
+        return dense.unsupported(weight.dtype, weight.device)
+
+    @property
+    def invariant(self) -> bool:
+        """Whether all of the forward is made of rows that do not see each other."""
+        return self.alone and self.norm is not None and self.head is not None and all(layer.known for layer in self.layers)
+
+    def _hidden(self, tokens: Tensor, seq: SeqInfo) -> Tensor:
+        layout = Tokens.of(tokens, seq, None, None, self.caches[0].lengths)
+        assert layout.seq is not None
+        each, alone = self._queries(layout.seq)
+        shared = Shared(layout.seq, layout.positions, Step(layout.seq, None, None), each, alone)
+        x, residual = self.model.embed(layout, None).contiguous(), None
+        if self.program is not None and shared.each and not self._cascades(shared):
+            return self.program.run(x, shared)
+        for layer in self.layers:
+            x, residual = layer(x, residual, shared)
+        if self.norm is not None:
+            return self.norm(x, residual)
+        x = x if residual is None else x + residual
+        norm = self.model.decoder.norm if self.model.decoder is not None else None
+        return x if norm is None else norm(x)
+
+    def _queries(self, seq: SeqInfo) -> tuple[int, bool]:
+        """Queries of each call of the decode kernel (0 = another one runs), and whether tokens attend one by one. While all texts
+        are short, reading their keys once for each token costs less than a call for each sequence."""
+        if self.alone:
+            return 1, True
+        n = seq.lengths[0]
+        if n <= FEW_QUERIES and all(m == n for m in seq.lengths):
+            return n, False
+        short = all(first + m <= SHORT for first, m in zip(seq.first, seq.lengths, strict=True))
+        return int(short), short
+
+    def _cascades(self, shared: Shared) -> bool:
+        known = (layer.attention for layer in self.layers if layer.attention is not None)
+        return any(a.part.cascade and shared.prefix(a.part, a.rule) for a in known)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        head = self.model.head
+        if self.head is None or head is None:
+            return super()._logits(hidden)
+        logits = self.head(hidden if head.scale == 1.0 else hidden * head.scale)
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

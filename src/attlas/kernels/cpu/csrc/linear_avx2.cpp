@@ -1,0 +1,2 @@
+#define DENSE_TABLE attlas_dense_avx2
+#include "linear.h"

@@ -1,0 +1,162 @@
+"""What stands before every route: keys, the gate that drains, and the limit of a body. Plain ASGI, so that nothing is buffered on
+the way out and a disconnect reaches the one who waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from attlas.serve.errors import ApiError, unauthorized, unavailable
+from attlas.serve.options import Limits
+from attlas.serve.wire import Json
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OWNER = "attlas-owner"  # in a scope: which key asks; "" without keys
+
+
+def error_response(error: ApiError) -> Json:
+    """A response, which is also an application that answers with it."""
+    return Json(error.body(), status_code=error.status, headers=error.headers)
+
+
+class Keys:
+    """The keys of a server. Only their SHA-256 digests are held, and every comparison looks at all of all of them, so that the
+    time that a wrong key takes says nothing about a right one."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def owner(self, header: bytes) -> str | None:
+        """Who sends this Authorization header: a name made from the key, "" where no keys are set, None for nobody known."""
+        if not self.digests:
+            return ""
+        given = hashlib.sha256(_secret(header)).digest()
+        found = [hmac.compare_digest(given, digest) for digest in self.digests]
+        return hashlib.sha256(b"owner" + given).hexdigest()[:16] if any(found) else None
+
+
+def _secret(header: bytes) -> bytes:
+    """The key of `Bearer KEY`, or the password of `Basic ...` (what a browser sends)."""
+    scheme, _, rest = header.strip().partition(b" ")
+    if scheme.lower() == b"bearer":
+        return rest.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
+
+
+class KeyCheck:
+    """Lets a request through that brings a key; every route, unknown ones included. Marks the scope with its owner."""
+
+    def __init__(self, app: App, keys: Keys) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            found = [value for name, value in scope["headers"] if name == b"authorization"]
+            owner = self.keys.owner(found[0] if len(found) == 1 else b"")
+            scope[OWNER] = owner
+            await (error_response(unauthorized()) if owner is None else self.app)(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+
+class Gate:
+    """Counts the requests that it has let in; once it is closed, work is answered with 503 while what is inside goes on."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.closed = False
+        self.inside = 0
+        self.empty = asyncio.Event()
+        self.empty.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        if self.closed:
+            error = unavailable("The server is shutting down and takes no new requests.", "draining")
+            error.headers["Connection"] = "close"
+            await error_response(error)(scope, receive, send)
+            return
+        self.inside += 1
+        self.empty.clear()
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.inside -= 1
+            if not self.inside:
+                self.empty.set()
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that hands the body out in one piece, and after it what comes."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def first_the_body() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return first_the_body
+
+
+class BodyLimit:
+    """Reads the body within a size and a time, then hands the request on with it."""
+
+    def __init__(self, app: App, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await asyncio.wait_for(self._read(scope, receive), self.limits.body_seconds)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+        except asyncio.TimeoutError:
+            late = ApiError(408, f"The body did not arrive within {self.limits.body_seconds:g} s.", code="body_timeout")
+            await error_response(late)(scope, receive, send)
+        else:
+            if body is not None:
+                await self.app(scope, replayed(body, receive), send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None when the client has gone."""
+        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+        if any(value.isdigit() and int(value[:20]) > self.limits.body for value in lengths):
+            raise self._too_large()
+        chunks, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > self.limits.body:
+                raise self._too_large()
+            more = message.get("more_body", False)
+        return b"".join(chunks)
+
+    def _too_large(self) -> ApiError:
+        error = ApiError(
+            413, f"The body is larger than the {self.limits.body} bytes that this server takes.", code="body_too_large"
+        )
+        error.headers["Connection"] = "close"
+        return error

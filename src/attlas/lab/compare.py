@@ -164,7 +164,7 @@ def _do_all(trials: Sequence[Trial], again: Rebuild, store: Store, shown: Progre
     shown.stages(expected, finished)
     todo = [t for t in trials if not store.done(t.key)]
     training = [t for t in todo if t.trains]
-    if again.workers > 1 and training:  # one alone too: on one thread, as the others, so that the numbers do not depend on it
+    if again.workers > 1 and len(training) > 1:
         _side_by_side(training, again, store, shown)
         todo = [t for t in todo if not t.trains]
     for trial in todo:

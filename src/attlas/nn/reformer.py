@@ -32,7 +32,7 @@ from attlas.shapes import SeqInfo
 
 class HashMixer(RowMixer):
     """Base of mixers with shared queries and keys and a hash of each token. A mechanism writes `encode`; with causal=True it
-    decodes: the cache grows, a step reads the hashes of all tokens held and the keys of those it may see."""
+    decodes: the cache grows, a step reads the hashes and keys of all tokens held, and masks those that it may not see."""
 
     uses_positions = False
 

@@ -33,7 +33,9 @@ CARDS = (
         caveats=(
             _LEAK,
             "causal=True sees the chunk nearest earlier tokens of the bucket in each round, which no later token changes; it is "
-            "not in the paper, costs the same, and a decode step still compares the hashes of all tokens held",
+            "not in the paper, costs the same, and a decode step still compares the hashes, and reads the keys, of all tokens "
+            "held; a prefill through a cache takes that way too",
+            "keys that a token may not see are masked by a bias: NaN or inf in one token reaches the others of its chunk",
             "the paper omits the scale of the scores; keys here have length 1 and no further scale, as in trax and transformers; "
             "reformer-pytorch multiplies by head_dim ** -0.5 (scale=); rule='paper' is its attend_across_buckets=False, "
             "allow_duplicate_attention=False",

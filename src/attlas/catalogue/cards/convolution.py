@@ -36,7 +36,7 @@ CARDS = (
         family="convolution",
         summary="Attention and a short convolution in one block, added or one after the other: the filter sees the neighbours.",
         formula="y = a(x) + c(x), or c + a(x + c), or a + c(x + a);  c(x) = W_2 (w * g(W_1 x)), a = softmax attention",
-        paper="Yu et al., MetaFormer Baselines (ConvFormer), arXiv:2210.13452; Gulati et al., Conformer, arXiv:2005.08100",
+        paper="Gulati et al., Conformer, arXiv:2005.08100; Yu et al., MetaFormer Baselines (ConvFormer), arXiv:2210.13452",
         year=2020,
         used_by=("Conformer", "CAFormer", "SeamlessM4T"),
         time="O(n^2 d + n d^2 e), e = expansion",

@@ -26,6 +26,7 @@ _CASTLE_CAVEATS = (
     "before speculative tokens",
     "which tensors the paper rotates is not said: here all but v, since a lookahead key is a sum of v^U and meets q",
     "first-order gradients only",
+    "NaN or inf in a later token reaches earlier queries of the same block of 64",
 )
 
 CARDS = (

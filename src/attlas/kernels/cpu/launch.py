@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attlas.errors import UnsupportedError
 from attlas.kernels.cpu.library import ISA, MAX_MODS, AttentionArgs, DecodeArgs, Stride, load, status
+from attlas.kernels.cpu.pages import large_pages
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIBI, BIAS, SOFTCAP = 1, 2, 3
@@ -110,7 +111,7 @@ def forward(
     q [B, Tq, H, D], k [B, Tk, Hkv, D], v [B, Tk, Hkv, Dv], fp32 / bf16 / fp16, any strides; sink fp32 [H]. Empty rows: 0, -inf.
     """
     q, k, v = flat(q), flat(k), flat(v)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    out = large_pages(q.new_empty(*q.shape[:3], v.shape[3]))
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     a = _attention_args(q, k, v, blocks, mods, scale, isa)
     a.out_w, a.so, a.lse, a.sink = out.data_ptr(), _stride(out), lse.data_ptr(), _pointer(sink)
@@ -145,9 +146,8 @@ def backward(
     lse, dlse = saved[1].contiguous(), None if grads[1] is None else grads[1].float().contiguous()
     a = _attention_args(q, k, v, blocks, mods, scale, isa)
     lanes = max(1, min(-(-_TARGET_TASKS // max(1, a.batch * a.kv_heads)), -(-a.k_len // a.block_k)))
-    sums = torch.zeros(lanes, *q.shape, dtype=torch.float32)
-    dq = q.new_empty(q.shape)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    sums = large_pages(torch.empty(lanes, *q.shape, dtype=torch.float32)).zero_()
+    dq, dk, dv = (large_pages(x.new_empty(x.shape)) for x in (q, k, v))
     delta = torch.empty(q.shape[:3], dtype=torch.float32)
     dbias = torch.zeros(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=torch.float32) if want_bias else None
     a.out, a.so, a.lse, a.dout, a.sdo = out.data_ptr(), _stride(out), lse.data_ptr(), dout.data_ptr(), _stride(dout)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 MAX_BLOCK, MAX_DIM, MAX_MODS = 256, 1024, 4
 ISA = {"auto": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
@@ -74,6 +75,20 @@ def library_path() -> Path | None:
     return path if path.exists() else None
 
 
+def _gomp_parallel() -> int | None:
+    """Where the OpenMP runtime that torch has loaded starts a team (GNU's has this function, and LLVM's and Intel's too); None when
+    there is no runtime, or more than one."""
+    maps = Path("/proc/self/maps")
+    found = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps.read_text())) if maps.exists() else set()
+    mine = {path for path in found if "/torch" in path} or found
+    if len(mine) != 1:
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(mine.pop()).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
 @lru_cache(maxsize=1)
 def _open() -> tuple[ctypes.CDLL | None, str]:
     path = library_path()
@@ -89,6 +104,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
             function = getattr(lib, f"attlas_cpu_{name}")
             function.restype, function.argtypes = c_int, [POINTER(struct)]
         lib.attlas_cpu_decode_workspace.argtypes = [POINTER(DecodeArgs)]
+        lib.attlas_cpu_use_openmp.argtypes, lib.attlas_cpu_use_openmp.restype = [c_void_p], None
+        lib.attlas_cpu_use_openmp(_gomp_parallel())
         if lib.attlas_cpu_isa() == b"none":
             return None, "this processor has no AVX2"
     except (OSError, AttributeError) as error:

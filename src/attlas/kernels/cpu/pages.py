@@ -1,5 +1,6 @@
 """Large memory pages for large arrays.
 
+A fresh result of tens of megabytes is handed out page by page as it is written, which can take longer than writing it.
 A cache of a hundred megabytes lies on tens of thousands of 4 KiB pages, and a decode step, which reads all of it once, spends a
 good part of its time on looking their addresses up. Linux hands out 2 MiB pages where it is asked to.
 """

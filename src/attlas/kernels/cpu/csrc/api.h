@@ -71,6 +71,8 @@ typedef struct {
 } AttlasDecode;
 
 int attlas_cpu_abi(void);
+// Share work out among the team of this GOMP_parallel (null: among threads of our own).
+void attlas_cpu_use_openmp(void* gomp_parallel);
 const char* attlas_cpu_isa(void);               // best instruction set of this machine: "avx512_bf16", "avx512", "avx2" or "none"
 int attlas_cpu_attention_forward(const AttlasAttention*);
 int attlas_cpu_attention_backward(const AttlasAttention*);

@@ -99,7 +99,9 @@ bool sizes_fit(const AttlasAttention* a) {
 
 extern "C" {
 
-int attlas_cpu_abi(void) { return 1; }
+int attlas_cpu_abi(void) { return 2; }
+
+void attlas_cpu_use_openmp(void* gomp_parallel) { attlas::use_openmp(gomp_parallel); }
 
 const char* attlas_cpu_isa(void) {
   switch (best_isa()) {

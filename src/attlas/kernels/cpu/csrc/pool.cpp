@@ -117,26 +117,41 @@ class Pool {
 std::mutex owner;           // one parallel job at a time; other callers run their tasks alone
 Pool* pool = nullptr;       // never destroyed: its threads live as long as the process
 
+// torch's own team of threads, when its OpenMP runtime is known. A second team would compete with it: OpenMP threads go on spinning for
+// milliseconds after their work, on the cores that ours would need.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<GompParallel> openmp{nullptr};
+void work_in_team(void* job) { static_cast<Job*>(job)->work(); }
+
 void after_fork_in_child() {  // the threads are gone; a fresh pool is started on the first call
   pool = nullptr;
+  openmp.store(nullptr);  // OpenMP does not survive a fork
   new (&owner) std::mutex;
+}
+void survive_forks() {
+  static const int done = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+  (void)done;
 }
 
 }  // namespace
+
+void use_openmp(void* gomp_parallel) {
+  survive_forks();
+  openmp.store(reinterpret_cast<GompParallel>(gomp_parallel));
+}
 
 bool parallel_for(int64_t tasks, int64_t threads, size_t scratch_bytes, TaskFn fn, const void* context) {
   if (tasks <= 0) return true;
   Job job;
   job.tasks = tasks, job.scratch_bytes = scratch_bytes, job.fn = fn, job.context = context;
   int64_t helpers = (threads < tasks ? threads : tasks) - 1;
-  if (helpers > 0 && owner.try_lock()) {
+  GompParallel team = helpers > 0 ? openmp.load() : nullptr;
+  if (team) {
+    team(work_in_team, &job, static_cast<unsigned>(helpers + 1), 0);
+  } else if (helpers > 0 && owner.try_lock()) {
     std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
-    if (!pool) {
-      static bool registered = false;
-      if (!registered) pthread_atfork(nullptr, nullptr, after_fork_in_child);
-      registered = true;
-      pool = new Pool;
-    }
+    survive_forks();
+    if (!pool) pool = new Pool;
     pool->run(&job, helpers);
   } else {
     job.work();

@@ -294,6 +294,17 @@ def test_reasons_for_refusal() -> None:
     assert why(q, Softcap(1.0)) is None
 
 
+def test_training_after_inference() -> None:
+    """What a call under inference_mode leaves behind (block maps, positions) serves a training step of the same shape."""
+    q, k, v, _ = inputs(1, 157, 157, 2, 2, 16, 16, torch.float32)
+    alibi = Alibi(torch.tensor([0.5, 0.25]))
+    with torch.inference_mode():
+        run(q, k, v, mask=Causal(), score_mod=alibi)
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    out, _ = run(*leaves, mask=Causal(), score_mod=alibi)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+
+
 def test_custom_ops_pass_opcheck_and_compile() -> None:
     q, k, v, g = inputs(1, 67, 67, 4, 2, 16, 16)
     sink, bias = torch.randn(4), torch.randn(1, 4, 67, 67)

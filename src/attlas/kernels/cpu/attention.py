@@ -69,7 +69,8 @@ def _refused(mod: ScoreMod, q: Tensor, k: Tensor, grid: Grid) -> str | None:
 
 @lru_cache(maxsize=64)
 def _positions(grid: Grid) -> tuple[Tensor, Tensor]:
-    return grid.q.positions().to(torch.int32), grid.k.positions().to(torch.int32)
+    with torch.inference_mode(False):  # what is kept may be used in training later
+        return grid.q.positions().to(torch.int32), grid.k.positions().to(torch.int32)
 
 
 def _bias(mod: ScoreMod, q: Tensor, grid: Grid) -> Tensor:

@@ -76,8 +76,8 @@ def library_path() -> Path | None:
 
 
 def _gomp_parallel() -> int | None:
-    """Where the OpenMP runtime that torch has loaded starts a team (GNU's has this function, and LLVM's and Intel's too); None when
-    there is no runtime, or more than one."""
+    """Where the OpenMP runtime that torch has loaded starts a team (GNU's has this function, and LLVM's and Intel's too); None
+    when there is no runtime, or more than one."""
     maps = Path("/proc/self/maps")
     found = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*", maps.read_text())) if maps.exists() else set()
     mine = {path for path in found if "/torch" in path} or found

@@ -1,8 +1,14 @@
-"""Random schedules of requests that come, fork, give way, are aborted and finish: nothing leaks, and nobody's tokens change."""
+"""Random schedules of requests that come, fork, give way, are aborted and finish: nothing leaks, and nobody's tokens change.
+
+`python tests/test_engine_fuzz.py FIRST END` runs the schedules of the seeds FIRST ... END - 1 and says what happened in them.
+"""
 
 from __future__ import annotations
 
 import random
+import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,11 +23,23 @@ from attlas.models.transformer import Transformer
 from engine_models import lively, prompt
 
 VOCAB = 23
+WINDOW = ("sliding-window", {"window": 5})
+STATE = ("mamba2", {"num_heads": 2, "state_dim": 3, "num_groups": 1})
+LATENT = ("multi-head-latent", {"kv_lora_rank": 3, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 5})
 MIXERS: dict[str, tuple[Any, ...]] = {
     "full": ("causal",),
-    "window and full": (("sliding-window", {"window": 5}), "causal"),
-    "state": (("mamba2", {"num_heads": 2, "state_dim": 3, "num_groups": 1}), "causal"),
+    "window and full": (WINDOW, "causal"),
+    "state": (STATE, "causal"),
+    "latent and window": (LATENT, WINDOW),
+    "sinks and latent": (("streaming", {"window": 7, "sinks": 2}), LATENT),
+    "lookahead": ("castle",),
+    "lookahead and window": (("castle-swl", {"window": 3}), WINDOW),
+    "lookahead and state": ("castle", STATE),
+    "groups": (("memory-compressed", {"factor": 3}), "causal"),
 }
+# Sums over tokens cannot be taken back, so these speculate with nothing; and they share no prefixes.
+SUMS = frozenset(("state", "lookahead", "lookahead and window", "lookahead and state", "groups"))
+TABLES = {name: 1 if name in ("full", "state", "lookahead", "lookahead and state") else 2 for name in MIXERS}
 
 
 @cache
@@ -44,9 +62,9 @@ def wish(r: random.Random) -> tuple[tuple[int, ...], SamplingParams]:
 
 
 @cache
-def alone(name: str, tokens: tuple[int, ...], params: SamplingParams) -> dict[int, list[int]]:
+def alone(name: str, kv_dtype: str | None, tokens: tuple[int, ...], params: SamplingParams) -> dict[int, list[int]]:
     """The answers that a request gets in an engine of its own."""
-    made = Engine(model(name), options=EngineOptions(max_len=48, page_size=8, batch_invariant=True))
+    made = Engine(model(name), options=EngineOptions(max_len=48, page_size=8, batch_invariant=True, kv_dtype=kv_dtype))
     made.add("a", tokens, params)
     found: dict[int, list[int]] = {}
     while made.has_work():
@@ -72,59 +90,114 @@ class Books:
                 self.ended[key] = o.finish_reason
 
 
-def schedule(seed: int) -> Engine:
-    r = random.Random(seed)
-    name = r.choice(list(MIXERS))
-    swap = r.random() < 0.4
-    options = EngineOptions(
+def drawn_options(r: random.Random, name: str) -> EngineOptions:
+    swap, invariant = r.random() < 0.4, r.random() < 0.8
+    return EngineOptions(
         max_len=48,
         page_size=8,
-        pages=r.choice({"full": (6, 8, 14), "window and full": (12, 14, 20), "state": (6, 9)}[name]),
+        pages=TABLES[name] * r.choice((6, 8, 11)),
         max_running=r.choice((1, 3, 6)),
         max_batched_tokens=r.choice((3, 8, 64)),
         prefix_caching=r.random() < 0.7,
         preemption="swap" if swap else "recompute",
         swap_bytes=r.choice((2000, 1 << 20)) if swap else 0,
-        speculative=r.choice((0, 3)) if name != "state" else 0,
-        batch_invariant=name != "state",
+        speculative=0 if name in SUMS else r.choice((0, 3)),
+        batch_invariant=invariant,
+        cascade=not invariant and r.random() < 0.5,
+        kv_dtype=r.choice((None, None, "int8")),
     )
-    made, books, count = Engine(model(name), options=options), Books(), 0
-    for _ in range(r.randint(5, 25)):
-        if r.random() < 0.5:
-            books.asked[str(count)] = tokens, params = wish(r)
-            made.add(str(count), tokens, params, priority=r.randrange(2), salt=r.choice(("", "", "x")))
-            count += 1
-        if count and r.random() < 0.15:
-            victim = str(r.randrange(count))
-            alive = any((victim, i) not in books.ended for i in range(books.asked[victim][1].n))
-            assert made.abort(victim) == alive
-            made.cache.check()
-        books.take(made.step())
-        made.cache.check()
-    steps = 0
-    while made.has_work():
-        books.take(made.step())
-        made.cache.check()
-        steps += 1
-        assert steps < 3000, "no end"
-    stats = made.cache.stats()
-    assert stats.used == stats.swapped == 0 and stats.free_rows == options.max_running
+
+
+@dataclass
+class Run:
+    """One engine under a random schedule."""
+
+    random: random.Random
+    made: Engine
+    books: Books = field(default_factory=Books)
+    steps: int = 0
+    pushed: int = 0
+
+    def step(self) -> None:
+        self.books.take(self.made.step())
+        self.check()
+        self.steps += 1
+        assert self.steps < 3000, "no end"
+
+    def check(self) -> None:
+        self.made.cache.check()
+        stats = self.made.cache.stats()
+        assert stats.free + stats.used + stats.cached == stats.total == self.made.options.pages
+
+    def submit(self) -> None:
+        r, name = self.random, str(len(self.books.asked))
+        self.books.asked[name] = tokens, params = wish(r)
+        self.made.add(name, tokens, params, priority=r.randrange(2), salt=r.choice(("", "", "x")))
+
+    def cancel(self) -> None:
+        """Whatever it held is free at once, but what others share."""
+        if not self.books.asked:
+            return
+        victim = self.random.choice(list(self.books.asked))
+        alive = any((victim, i) not in self.books.ended for i in range(self.books.asked[victim][1].n))
+        assert self.made.abort(victim) == alive
+        assert all(s.request_id != victim for s in (*self.made.scheduler.running, *self.made.scheduler.waiting))
+        self.check()
+
+    def preempt(self) -> None:
+        if self.made.scheduler.running:
+            self.made.scheduler.preempt(self.random.choice(self.made.scheduler.running))
+            self.pushed += 1
+            self.check()
+
+    def go(self) -> None:
+        r = self.random
+        for _ in range(r.randint(5, 25)):
+            for action, share in ((self.submit, 0.5), (self.cancel, 0.15), (self.preempt, 0.1)):
+                if r.random() < share:
+                    action()
+            self.step()
+        while self.made.has_work():
+            self.step()
+
+
+def schedule(seed: int) -> Run:
+    r = random.Random(seed)
+    name = r.choice(list(MIXERS))
+    options = drawn_options(r, name)
+    run = Run(r, Engine(model(name), options=options))
+    run.go()
+    stats, books = run.made.cache.stats(), run.books
+    assert stats.used == stats.swapped == stats.swap_bytes == 0 and stats.free_rows == options.max_running
     assert set(books.ended) == {(k, i) for k, (_, p) in books.asked.items() for i in range(p.n)}
     if options.batch_invariant:
         for (key, i), tokens in books.got.items():
-            want = alone(name, *books.asked[key])[i]
+            want = alone(name, options.kv_dtype, *books.asked[key])[i]
             assert tokens == (want if books.ended[key, i] != "abort" else want[: len(tokens)]), (seed, key, i)
-    return made
+    return run
+
+
+def told(runs: Iterable[Run]) -> Counter[str]:
+    """What happened in some schedules, in numbers."""
+    seen = Counter[str]()
+    for run in runs:
+        stats = run.made.stats()
+        seen.update(schedules=1, steps=stats.steps, requests=len(run.books.asked), pushed=run.pushed)
+        seen.update(preemptions=stats.preemptions, cached=stats.cached_tokens, accepted=stats.accepted, **stats.finished)
+    return seen
 
 
 def test_random_schedules():
-    made = [schedule(seed) for seed in range(200)]
-    assert sum(m.stats().preemptions for m in made) > 20
-    assert sum(m.stats().cached_tokens for m in made) > 500
-    assert sum(m.stats().accepted for m in made) > 50
+    seen = told(map(schedule, range(200)))
+    assert min(seen["preemptions"] - seen["pushed"], seen["pushed"], seen["accepted"], seen["abort"]) > 50
+    assert seen["cached"] > 500
 
 
 @pytest.mark.heavy
 def test_many_random_schedules():
     for seed in range(200, 10_200):
         schedule(seed)
+
+
+if __name__ == "__main__":
+    print(dict(told(map(schedule, range(int(sys.argv[1]), int(sys.argv[2]))))))

@@ -30,6 +30,7 @@ LARGE: dict[str, dict[str, Any]] = {
     "fixed": {"block": 256},
     "block-sparse": {"layout": BAND | BAND.roll(1, 0), "block_size": 256},
     "hierarchical": {"block": 16},
+    "multi-resolution": {"block": 32, "blocks_per_row": 4},
     "axial": {"shape": (32, 256)},
 }
 

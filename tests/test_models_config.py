@@ -168,7 +168,7 @@ def test_experts_that_are_all_used_and_equal_are_one_network(activation: str, ga
                 getattr(mine, name).copy_(linear.weight)
     x = torch.randn(2, 5, 28)
     torch.testing.assert_close(mine(x), theirs(x))
-    weights, chosen = mine.route(x.flatten(0, 1))
+    weights, chosen = mine.router(x.flatten(0, 1))
     torch.testing.assert_close(weights.sum(-1), torch.ones(10))
     assert (chosen.sort(-1).values.diff() > 0).all()
 

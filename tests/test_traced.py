@@ -16,6 +16,7 @@ from attlas.ops.traced import attention_op
 from attlas.scores import Alibi, RelativeBias, ScoreMod, Softcap
 from attlas.shapes import AuxRequest, SeqInfo
 
+CAUSAL = Causal()
 BAND = Causal() & Window.last(11)
 CAP = Softcap(5.0)
 
@@ -48,6 +49,7 @@ CASES: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
     "cap, then alibi": lambda t: attention(t["q"], t["k"], t["v"], mask=BAND, score_mod=CAP >> Alibi(t["slopes"])),
     "table": lambda t: attention(t["q"], t["k"], t["v"], score_mod=RelativeBias(t["table"], bidirectional=True, max_distance=17)),
     "blocked": lambda t: attention(t["q"], t["k"], t["v"], mask=BAND, impl="blocked"),
+    "sdpa": lambda t: attention(t["q"], t["k"], t["v"], mask=CAUSAL, impl="sdpa"),
     "reference": lambda t: attention(t["q"], t["k"], t["v"], mask=BAND, impl="reference"),
     "packed": lambda t: attention(t["q"][0], t["k"][0], t["v"][0], mask=BAND, seq=SeqInfo((23, 14))),
     "packed, starts": lambda t: attention(
@@ -119,8 +121,8 @@ def test_unknown_score_mods_are_refused() -> None:
 def test_the_operator_passes_opcheck(dtype: torch.dtype) -> None:
     t = inputs(dtype)
     q, k, v = t["q"], t["k"], t["v"]
-    torch.library.opcheck(attention_op, (q, k, v, [], None, BAND.handle, "", None, [], "auto", True))
-    torch.library.opcheck(attention_op, (q, k, v, [t["slopes"]], t["sink"], BAND.handle, "alibi", 0.3, [], "auto", True))
+    torch.library.opcheck(attention_op, (q, k, v, [], None, BAND.handle, "", None, [], "auto", False, True))
+    torch.library.opcheck(attention_op, (q, k, v, [t["slopes"]], t["sink"], BAND.handle, "alibi", 0.3, [], "auto", True, True))
     with torch.no_grad():
         still = [x.detach() for x in (q, k, v)]
-        torch.library.opcheck(attention_op, (*still, [], None, "", "softcap 3.0", None, [], "auto", False))
+        torch.library.opcheck(attention_op, (*still, [], None, "", "softcap 3.0", None, [], "auto", False, False))

@@ -60,10 +60,10 @@ class Memory:
     def _check(self, options: EngineOptions) -> None:
         if options.speculative:
             for i, specs in enumerate(self.specs):
-                if any(spec.kind == "state" or spec.group > 1 for spec in specs):
+                if any(spec.kind in ("state", "lookahead") or spec.group > 1 for spec in specs):
                     raise UnsupportedError(
                         f"EngineOptions: speculative={options.speculative} takes rejected tokens back out of the cache; layer "
-                        f"{i} has a state, which cannot be taken back"
+                        f"{i} sums tokens up, which cannot be taken back"
                     )
         if options.preemption == "swap" and not options.swap_bytes:
             raise OptionError("EngineOptions: preemption='swap' needs swap_bytes, the memory for what is copied aside")
@@ -118,6 +118,8 @@ def _specs(model: Transformer) -> list[tuple[PartSpec, ...]]:
 
 
 def _specs_of(layer: int, mixer: Mixer) -> tuple[PartSpec, ...]:
+    if mixer.memory_use == "required":
+        raise UnsupportedError(f"Engine: layer {layer}: {mixer}: it reads a memory, which a request does not bring")
     try:
         return mixer.cache_specs()
     except UnsupportedError as error:

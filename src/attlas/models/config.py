@@ -40,6 +40,47 @@ class NormConfig:
 
 
 @dataclass(frozen=True)
+class RouterConfig:
+    """How the tokens of a mixture of experts choose theirs, from one score per expert.
+
+    score             "softmax" over the experts, or "sigmoid" of each logit
+    normalised        the scores of a token's experts are divided by their sum
+    scale             factor on them after that
+    groups            the experts stand in so many groups of equal size; only the best groups of a token may serve it
+    groups_per_token  how many groups
+    best_of_group     a group is as good as the sum of the scores of its best so many experts
+    correction        a bias per expert counts when experts and groups are chosen, and not in their weights (it balances the load
+                      of the experts in training, without a gradient)
+
+    Mixtral has the defaults; DeepSeek-V2 does not normalise, and chooses groups by their best expert; DeepSeek-V3 has sigmoids,
+    a correction, and chooses groups by their best two. Sources: arXiv 2401.04088, 2405.04434, 2412.19437.
+    """
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
+    best_of_group: int = 1
+    correction: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("RouterConfig", "score", self.score, ("softmax", "sigmoid"))
+        if not 1 <= self.groups_per_token <= self.groups or self.best_of_group < 1:
+            raise OptionError(
+                f"RouterConfig: groups={self.groups}, groups_per_token={self.groups_per_token}, "
+                f"best_of_group={self.best_of_group}; all are at least 1, and a token has no more groups than there are"
+            )
+
+    def misfit(self, experts: int, per_token: int) -> str | None:
+        """Why `per_token` of so many experts cannot be chosen like this, None = they can."""
+        size, rest = divmod(experts, self.groups)
+        if rest or size < self.best_of_group or size * self.groups_per_token < per_token:
+            return f"groups={self.groups}, groups_per_token={self.groups_per_token}, best_of_group={self.best_of_group}"
+        return None
+
+
+@dataclass(frozen=True)
 class FeedForwardConfig:
     """The per-token network of a layer.
 
@@ -47,8 +88,10 @@ class FeedForwardConfig:
     activation         gelu (exact), gelu_new (tanh form), relu, relu2 (squared), silu
     gated              False: down(act(up(x)));  True: down(act(gate(x)) * up(x)), which is SwiGLU with silu and GEGLU with gelu
     bias               biases on all projections
-    experts            0: one dense network. n: n networks behind a linear router (Mixtral)
-    experts_per_token  how many experts, those with the largest router probabilities, serve a token; their weights sum to 1
+    experts            0: one dense network. n: n networks of this form behind a linear router
+    experts_per_token  how many experts, those with the largest scores, serve a token
+    router             how they are chosen and weighed
+    shared             inner width of one more network, that serves every token beside its experts (DeepSeek); 0 = none
     shifted            RWKV-4's channel mixing: sigmoid(r(x')) * down(relu2(up(x''))), where x' and x'' are learned mixtures of a
                        token with the one before it; its cache holds that token. Needs relu2, and neither gates nor biases
     """
@@ -59,6 +102,8 @@ class FeedForwardConfig:
     bias: bool = False
     experts: int = 0
     experts_per_token: int = 2
+    router: RouterConfig = RouterConfig()
+    shared: int = 0
     shifted: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +114,12 @@ class FeedForwardConfig:
             raise OptionError(f"FeedForwardConfig: experts_per_token={self.experts_per_token} with experts={self.experts}")
         if self.experts and self.bias:
             raise OptionError("FeedForwardConfig: experts have no biases; use bias=False")
+        if not self.experts and (self.shared or self.router != RouterConfig()):
+            raise OptionError(f"FeedForwardConfig: shared={self.shared} and router={self.router} are for experts; there are none")
+        if self.experts and (wrong := self.router.misfit(self.experts, self.experts_per_token)):
+            raise OptionError(
+                f"FeedForwardConfig: {wrong} with experts={self.experts}, experts_per_token={self.experts_per_token}"
+            )
 
 
 @dataclass(frozen=True)
@@ -172,6 +223,7 @@ class StackConfig:
     num_layers         depth
     mixers             the pattern of mixers, repeated until the stack is full: `("sliding-window", ..., "causal")` is a hybrid
     feed_forward       the feed-forward network of every layer; None = none (some mixers, like Mamba blocks, need none)
+    first_feed_forwards  those of the first layers, where they are others (DeepSeek: dense networks before experts)
     norm               the norm of every layer
     norm_position      "pre":      x + f(norm(x))            "post": norm(x + f(x))
                        "sandwich": x + norm(f(norm(x)))      (Gemma 2)
@@ -192,6 +244,7 @@ class StackConfig:
     final_norm: bool = True
     cross: MixerConfig | None = None
     shared_parameters: tuple[str, ...] = ()
+    first_feed_forwards: tuple[FeedForwardConfig, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixers", tuple(MixerConfig.of(m) for m in self.mixers))
@@ -202,7 +255,12 @@ class StackConfig:
             raise OptionError(f"StackConfig: num_layers={self.num_layers} and {len(self.mixers)} mixers; both must be at least 1")
         if self.parallel and (self.norm_position != "pre" or self.cross is not None or self.feed_forward is None):
             raise OptionError("StackConfig: parallel=True needs norm_position='pre', a feed_forward and no cross-attention")
-        if self.parallel and self.feed_forward is not None and self.feed_forward.shifted:
+        if self.first_feed_forwards and (self.feed_forward is None or len(self.first_feed_forwards) > self.num_layers):
+            raise OptionError(
+                f"StackConfig: {len(self.first_feed_forwards)} first_feed_forwards with num_layers={self.num_layers}, "
+                f"feed_forward={self.feed_forward}; they need as many layers, and a feed_forward for the others"
+            )
+        if self.parallel and any(f.shifted for f in (self.feed_forward, *self.first_feed_forwards) if f is not None):
             raise OptionError("StackConfig: a feed_forward with shifted=True stands after the mixer; use parallel=False")
         if self.parallel_norms not in (1, 2):
             raise OptionError(f"StackConfig: parallel_norms={self.parallel_norms}; it is 1 or 2")
@@ -210,6 +268,10 @@ class StackConfig:
     def mixer(self, layer: int) -> MixerConfig:
         """The mixer of layer `layer` (0-based)."""
         return self.mixers[layer % len(self.mixers)]
+
+    def ffn(self, layer: int) -> FeedForwardConfig | None:
+        """The feed-forward network of layer `layer` (0-based)."""
+        return self.first_feed_forwards[layer] if layer < len(self.first_feed_forwards) else self.feed_forward
 
 
 @dataclass(frozen=True)

@@ -67,16 +67,16 @@ def _init_mixers(layer: Layer, shrink: float) -> None:
 
 def _init_feed_forward(layer: Layer, shrink: float) -> None:
     ffn = layer.ffn
-    if isinstance(ffn, FeedForward):
-        for linear in (ffn.gate, ffn.up, ffn.down):
-            if linear is not None:
-                _linear(linear, shrink if linear is ffn.down else 1.0)
-    elif isinstance(ffn, ChannelMix):
+    for dense in (ffn, getattr(ffn, "shared", None)):
+        if isinstance(dense, FeedForward):
+            for linear in (dense.gate, dense.up, dense.down):
+                if linear is not None:
+                    _linear(linear, shrink if linear is dense.down else 1.0)
+    if isinstance(ffn, ChannelMix):
         for linear in (ffn.up, ffn.r_proj, ffn.down):
             _linear(linear, shrink if linear is ffn.down else 1.0)
     elif isinstance(ffn, Experts):
-        _linear(ffn.router)
-        for weight in (ffn.gate, ffn.up):
+        for weight in (ffn.router.weight, ffn.gate, ffn.up):
             if weight is not None:
                 _normal(weight)
         _normal(ffn.down, shrink)

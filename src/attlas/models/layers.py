@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,40 +77,83 @@ class FeedForward(nn.Module):
         return 2 * tokens * sum(m.weight.numel() for m in (self.gate, self.up, self.down) if m is not None)
 
 
-class Experts(nn.Module):
-    """Mixture of experts: y = sum over the k chosen experts e of p_e * FFN_e(x), with k = experts_per_token.
+class Router(nn.Module):
+    """Which experts serve a token, and with what weights; `RouterConfig` says how. Computed in fp32 at least.
 
-    p = softmax(router(x)) over all experts in fp32; the k largest are kept and divided by their sum. Every expert is a
-    feed-forward network of the given form; `gate`, `up` are [experts, hidden, dim], `down` is [experts, dim, hidden]. A token's
-    output does not depend on the other tokens (there is no capacity limit). Source: Jiang et al. 2024, arXiv 2401.04088.
+    s = softmax or sigmoid of `weight` x; the experts with the largest s + correction among those of the best groups are chosen;
+    their weights are s (over the sum of those of the chosen ones), times a factor.
+    """
+
+    correction: Tensor | None
+
+    def __init__(self, dim: int, config: FeedForwardConfig) -> None:
+        super().__init__()
+        self.config, self.per_token = config.router, config.experts_per_token
+        self.weight = nn.Parameter(torch.empty(config.experts, dim))
+        self.register_buffer("correction", torch.zeros(config.experts) if self.config.correction else None)
+
+    def forward(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, dim] -> weights and indices [T, k]."""
+        config, wide = self.config, torch.promote_types(flat.dtype, torch.float32)
+        logits = F.linear(flat.to(wide), self.weight.to(wide))
+        scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
+        ranks = scores if self.correction is None else scores + self.correction
+        if config.groups > 1:
+            ranks = self._best_groups(ranks)
+        chosen = ranks.topk(self.per_token, dim=-1).indices
+        weights = scores.gather(-1, chosen)
+        if config.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+        return (weights * config.scale).to(flat.dtype), chosen
+
+    def _best_groups(self, ranks: Tensor) -> Tensor:
+        """ranks [T, experts] with -inf outside the best groups of each token."""
+        config = self.config
+        grouped = ranks.unflatten(-1, (config.groups, -1))
+        best = grouped.topk(config.best_of_group, dim=-1).values.sum(-1).topk(config.groups_per_token, dim=-1).indices
+        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(closed[..., None], -math.inf).flatten(-2)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Router:
+        """Conversions leave the correction in fp32: it is fitted in steps that 16 bits do not tell apart."""
+        kept = self.correction
+        super()._apply(fn, recurse)
+        self.correction = None if kept is None else kept.to(self.weight.device)
+        return self
+
+
+class Experts(nn.Module):
+    """Mixture of experts: y = sum over the k chosen experts e of w_e * FFN_e(x) (+ FFN_shared(x)), with k = experts_per_token.
+
+    `router` chooses the experts of each token and weighs them. Every expert is a feed-forward network of the given form; `gate`,
+    `up` are [experts, hidden, dim], `down` is [experts, dim, hidden]. A token's output does not depend on the other tokens (there
+    is no capacity limit). Cost: 2 flops per weight of the k experts and the shared one, and token. Sources: Jiang et al. 2024,
+    arXiv 2401.04088; shared experts and groups: DeepSeek-AI 2024, arXiv 2405.04434.
     """
 
     def __init__(self, dim: int, config: FeedForwardConfig) -> None:
         super().__init__()
         self.act = ACTIVATION[config.activation]
         self.per_token = config.experts_per_token
-        self.router = nn.Linear(dim, config.experts, bias=False)
+        self.router = Router(dim, config)
         shape = (config.experts, config.hidden, dim)
         self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(config.experts, dim, config.hidden))
+        dense = FeedForwardConfig(config.shared, config.activation, config.gated)
+        self.shared = FeedForward(dim, dense) if config.shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)
-        weights, chosen = self.route(flat)
-        out = torch.zeros_like(flat)
-        for expert in range(self.up.shape[0]):
-            token, slot = (chosen == expert).nonzero(as_tuple=True)
-            if token.numel():
-                out = out.index_add(0, token, self._expert(expert, flat[token]) * weights[token, slot, None])
+        weights, chosen = self.router(flat)
+        out = torch.zeros_like(flat) if self.shared is None else self.shared(flat)
+        slots = chosen.flatten()  # token t's choices stand at t k ... t k + k - 1
+        counts = slots.bincount(minlength=len(self.up)).tolist()
+        for expert, mine in enumerate(slots.argsort(stable=True).split(counts)):
+            if len(mine):
+                token = mine // self.per_token
+                out.index_add_(0, token, self._expert(expert, flat[token]) * weights.flatten()[mine, None])
         return out.view_as(x)
-
-    def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and indices [T, k] of the experts of each token."""
-        logits = self.router(flat)
-        probabilities = logits.softmax(-1, dtype=logits.dtype if logits.dtype == torch.float64 else torch.float32)
-        weights, chosen = probabilities.topk(self.per_token, dim=-1)
-        return (weights / weights.sum(-1, keepdim=True)).to(flat.dtype), chosen
 
     def _expert(self, e: int, x: Tensor) -> Tensor:
         inner = F.linear(x, self.up[e])
@@ -117,7 +162,8 @@ class Experts(nn.Module):
 
     def flops(self, tokens: int) -> int:
         one = sum(w[0].numel() for w in (self.gate, self.up, self.down) if w is not None)
-        return 2 * tokens * (self.router.weight.numel() + self.per_token * one)
+        shared = 0 if self.shared is None else self.shared.flops(tokens)
+        return 2 * tokens * (self.router.weight.numel() + self.per_token * one) + shared
 
 
 def make_feed_forward(dim: int, config: FeedForwardConfig) -> FeedForward | Experts | ChannelMix:
@@ -152,7 +198,9 @@ class Layer(nn.Module):
     """One layer: mixer, optional cross-attention and optional feed-forward network, each around the residual stream as `config`
     says."""
 
-    def __init__(self, dim: int, config: StackConfig, mixer: Mixer, cross: Mixer | None) -> None:
+    def __init__(
+        self, dim: int, config: StackConfig, mixer: Mixer, cross: Mixer | None, feed_forward: FeedForwardConfig | None
+    ) -> None:
         super().__init__()
         self.position, self.parallel = config.norm_position, config.parallel
         sandwich = config.norm_position == "sandwich"
@@ -160,11 +208,11 @@ class Layer(nn.Module):
         def norm(wanted: bool = True) -> nn.Module | None:
             return make_norm(config.norm, dim) if wanted else None
 
-        has_ffn = config.feed_forward is not None
+        has_ffn = feed_forward is not None
         self.norm_mixer, self.mixer = norm(), mixer
         self.norm_cross, self.cross = norm(cross is not None), cross
         self.norm_ffn = norm(has_ffn and not (config.parallel and config.parallel_norms == 1))
-        self.ffn = make_feed_forward(dim, config.feed_forward) if config.feed_forward is not None else None
+        self.ffn = make_feed_forward(dim, feed_forward) if feed_forward is not None else None
         self.norm_mixer_out, self.norm_cross_out = norm(sandwich), norm(sandwich and cross is not None)
         self.norm_ffn_out = norm(sandwich and has_ffn)
 

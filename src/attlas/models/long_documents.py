@@ -55,8 +55,8 @@ def _windows(c: Fields, depth: int, heads: int) -> tuple[MixerConfig, ...]:
     return mixers[:1] if len(set(mixers)) == 1 else mixers
 
 
-def _encoder(c: Fields, mixers: tuple[MixerConfig, ...], offset: int, act: str, transform: str) -> TransformerConfig:
-    """BERT with other mixers."""
+def bert_like(c: Fields, mixers: tuple[MixerConfig, ...], offset: int, act: str, transform: str) -> TransformerConfig:
+    """BERT with these mixers: `offset` positions before the first, activation `act`, and `transform` in the head."""
     return TransformerConfig(
         "encoder",
         c.need("vocab_size"),
@@ -85,7 +85,7 @@ def longformer(c: Fields) -> TransformerConfig:
     """RoBERTa with windows; the extra layer of its head is always a gelu."""
     c.refuse(**REFUSED)
     mixers = _windows(c, c.need("num_hidden_layers"), c.need("num_attention_heads"))
-    return _encoder(c, mixers, c.get("pad_token_id", default=1) + 1, activation(c, "hidden_act", "gelu"), "gelu")
+    return bert_like(c, mixers, c.get("pad_token_id", default=1) + 1, activation(c, "hidden_act", "gelu"), "gelu")
 
 
 def big_bird(c: Fields) -> TransformerConfig:
@@ -101,7 +101,7 @@ def big_bird(c: Fields) -> TransformerConfig:
         block, drawn = c.get("block_size", default=64), c.get("num_random_blocks", default=3)
         options |= {"block": block, "random_blocks": Undrawn(drawn)}
     act = activation(c, "hidden_act", "gelu_new")
-    return _encoder(c, (MixerConfig("full" if full else "bigbird", options),), 0, act, act)
+    return bert_like(c, (MixerConfig("full" if full else "bigbird", options),), 0, act, act)
 
 
 def led(c: Fields) -> TransformerConfig:

@@ -248,27 +248,10 @@ def _bert(c: Fields) -> TransformerConfig:
     c.refuse(is_decoder=(True,), add_cross_attention=(True,), position_embedding_type=("relative_key", "relative_key_query"))
     roberta = c.need("model_type") != "bert"
     act = activation(c, "hidden_act", "gelu")
-    return TransformerConfig(
-        "encoder",
-        c.need("vocab_size"),
-        c.need("hidden_size"),
-        c.need("num_attention_heads"),
-        encoder=StackConfig(
-            c.need("num_hidden_layers"),
-            (MixerConfig("full", {"rope": False, "bias": True}),),
-            FeedForwardConfig(c.need("intermediate_size"), act, gated=False, bias=True),
-            NormConfig("layer", c.get("layer_norm_eps", default=1e-12)),
-            norm_position="post",
-            final_norm=False,
-        ),
-        embedding=EmbeddingConfig(
-            positions=c.need("max_position_embeddings"),
-            position_offset=c.get("pad_token_id", default=1) + 1 if roberta else 0,
-            token_types=c.get("type_vocab_size", default=2),
-            norm=True,
-        ),
-        # The extra layer of RoBERTa's head is always a gelu, whatever the layers use.
-        head=HeadConfig(tied=c.get("tie_word_embeddings", default=True), bias=True, transform="gelu" if roberta else act),
+    offset = c.get("pad_token_id", default=1) + 1 if roberta else 0
+    # The extra layer of RoBERTa's head is always a gelu, whatever the layers use.
+    return long_documents.bert_like(
+        c, (MixerConfig("full", {"rope": False, "bias": True}),), offset, act, "gelu" if roberta else act
     )
 
 

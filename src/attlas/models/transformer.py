@@ -29,7 +29,7 @@ class Stack(nn.Module):
         layers = []
         for i in range(config.num_layers):
             cross = None if config.cross is None else build_mixer(config.cross, dim, num_heads)
-            layers.append(Layer(dim, config, build_mixer(config.mixer(i), dim, num_heads), cross))
+            layers.append(Layer(dim, config, build_mixer(config.mixer(i), dim, num_heads), cross, config.ffn(i)))
         self.layers = nn.ModuleList(layers)
         self.norm = make_norm(config.norm, dim) if config.final_norm else None
         self._share(config.shared_parameters)

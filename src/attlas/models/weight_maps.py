@@ -189,33 +189,37 @@ def _llama_attention(norms: Convert) -> tuple[Weight, ...]:
     )
 
 
-def _gated(source: str) -> tuple[Weight, ...]:
-    return tuple(w for name in ("gate", "up", "down") for w in linear(f"{source}.{name}_proj", f"{D}.ffn.{name}"))
+def gated(source: str, target: str) -> tuple[Weight, ...]:
+    return tuple(w for name in ("gate", "up", "down") for w in linear(f"{source}.{name}_proj", f"{target}.{name}"))
+
+
+def stacked_experts(ffn: str, source: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
+    """The experts at `ffn`: each for itself under the given names, as in files, and all in one as the library holds them."""
+    return (
+        Weight(f"{source}.experts.{{e}}.{gate}.weight", (f"{ffn}.gate[{{e}}]",)),
+        Weight(f"{source}.experts.{{e}}.{up}.weight", (f"{ffn}.up[{{e}}]",)),
+        Weight(f"{source}.experts.{{e}}.{down}.weight", (f"{ffn}.down[{{e}}]",)),
+        Weight("layers.{i}.mlp.experts.gate_up_proj", (f"{ffn}.gate", f"{ffn}.up"), halves),
+        Weight("layers.{i}.mlp.experts.down_proj", (f"{ffn}.down",)),
+    )
 
 
 def llama(config: TransformerConfig) -> tuple[Weight, ...]:
     return (
         *_llama_attention(as_it_is),
         table("layers.{i}.post_attention_layernorm", f"{D}.norm_ffn"),
-        *_gated("layers.{i}.mlp"),
+        *gated("layers.{i}.mlp", f"{D}.ffn"),
         *lm_head(config, "lm_head"),
     )
 
 
 def mixtral(config: TransformerConfig) -> tuple[Weight, ...]:
-    one = "layers.{i}.block_sparse_moe.experts.{e}"
     return (
         *_llama_attention(as_it_is),
         table("layers.{i}.post_attention_layernorm", f"{D}.norm_ffn"),
-        # As the library holds them in memory ...
-        table("layers.{i}.mlp.gate", f"{D}.ffn.router"),
-        Weight("layers.{i}.mlp.experts.gate_up_proj", (f"{D}.ffn.gate", f"{D}.ffn.up"), halves),
-        Weight("layers.{i}.mlp.experts.down_proj", (f"{D}.ffn.down",)),
-        # ... and as they lie in files.
-        table("layers.{i}.block_sparse_moe.gate", f"{D}.ffn.router"),
-        Weight(f"{one}.w1.weight", (f"{D}.ffn.gate[{{e}}]",)),
-        Weight(f"{one}.w3.weight", (f"{D}.ffn.up[{{e}}]",)),
-        Weight(f"{one}.w2.weight", (f"{D}.ffn.down[{{e}}]",)),
+        *stacked_experts(f"{D}.ffn", "layers.{i}.block_sparse_moe", "w1", "w3", "w2"),
+        table("layers.{i}.mlp.gate", f"{D}.ffn.router"),  # in memory
+        table("layers.{i}.block_sparse_moe.gate", f"{D}.ffn.router"),  # in files
         *lm_head(config, "lm_head"),
     )
 
@@ -226,7 +230,7 @@ def gemma(config: TransformerConfig) -> tuple[Weight, ...]:
         table("layers.{i}.post_attention_layernorm", f"{D}.norm_mixer_out"),
         table("layers.{i}.pre_feedforward_layernorm", f"{D}.norm_ffn"),
         table("layers.{i}.post_feedforward_layernorm", f"{D}.norm_ffn_out"),
-        *_gated("layers.{i}.mlp"),
+        *gated("layers.{i}.mlp", f"{D}.ffn"),
         *lm_head(config, "lm_head"),
     )
 

@@ -84,7 +84,9 @@ class Loader:
 
     def __init__(self, model: Transformer, preset: Preset) -> None:
         self.preset, self.config = preset, model.config
-        self.targets: dict[str, nn.Parameter] = dict(model.named_parameters())
+        kept = model.state_dict().keys()  # buffers that are no part of it are made, not trained
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+        self.targets: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
         depth = max(s.num_layers for s in (model.config.decoder, model.config.encoder) if s is not None)
         ffn = model.config.main.feed_forward
         self.rules = expand(preset.weights(model.config), depth, 0 if ffn is None else ffn.experts)

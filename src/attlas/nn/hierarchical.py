@@ -22,6 +22,7 @@ from attlas.nn.attention import check_heads, make_rope
 from attlas.nn.rows import RowMixer
 from attlas.ops.attention import attention
 from attlas.ops.cached import attention_cached
+from attlas.ops.groups import group_means, log_counts
 from attlas.ops.merge import merge
 from attlas.positions.rope import Rope
 from attlas.reference import multiscale as truth
@@ -120,16 +121,16 @@ class HierarchicalAttention(RowMixer):
     def _level(self, level: int, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """What level `level` adds, for all tokens: out [B, T, H, D] and lse [B, T, H]."""
         size, length, half = 1 << level, q.shape[1], self.block // 2
-        weights = _log_counts(length, size, k)
+        weights = log_counts(length, size, k).view(1, -1, 1, 1)
         fine = 1 if self.coarse_queries else size  # queries per group
-        queries = _group_means(q, size) if self.coarse_queries else q
+        queries = group_means(q, size) if self.coarse_queries else q
         blocks = -(-length // (size * self.block))
         q_blocks = _pad(queries, blocks * self.block * fine).unflatten(1, (blocks, 2, half * fine))
         # a query feature of 1 meets log |g|: short and missing groups weigh what they hold
         q_blocks = nn.functional.pad(q_blocks * self.head_dim**-0.5, (0, 1), value=1.0)
-        keys = torch.cat([_group_means(k, size), weights.expand(k.shape[0], -1, self.num_heads, 1)], -1)
+        keys = torch.cat([group_means(k, size), weights.expand(k.shape[0], -1, self.num_heads, 1)], -1)
         keys = _pad(keys, blocks * self.block, last=NOTHING).unflatten(1, (blocks, 2, half))
-        values = _pad(_group_means(v, size), blocks * self.block).unflatten(1, (blocks, 2, half))
+        values = _pad(group_means(v, size), blocks * self.block).unflatten(1, (blocks, 2, half))
         outs, lses = zip(*(self._half(side, q_blocks, keys, values) for side in (0, 1)), strict=True)
         out, lse = (torch.stack(t, 2).flatten(1, 3) for t in (outs, lses))
         if self.coarse_queries:
@@ -264,21 +265,6 @@ def _means_of_pairs(part: Part, seq: SeqInfo, level: int, like: Sequence[Tensor]
             for pieces, t in zip(found, _entries(part, [row], 2 * low, 2 * end), strict=True):
                 pieces.append(t[0].unflatten(0, (-1, 2)).mean(1).to(pieces[0].dtype))
     return [torch.cat(pieces) for pieces in found]
-
-
-def _group_means(x: Tensor, size: int) -> Tensor:
-    """[B, T, ...] -> [B, ceil(T / size), ...]: the mean of each group of `size` tokens, the last one possibly short."""
-    groups = -(-x.shape[1] // size)
-    sums = _pad(x, groups * size).unflatten(1, (groups, size)).sum(2)
-    return sums / torch.tensor([size] * (groups - 1) + [x.shape[1] - (groups - 1) * size], device=x.device).view(-1, 1, 1)
-
-
-def _log_counts(length: int, size: int, like: Tensor) -> Tensor:
-    """log of the number of tokens of each group, [1, groups, 1, 1]."""
-    groups = -(-length // size)
-    counts = torch.full((groups,), float(size), dtype=like.dtype, device=like.device)
-    counts[-1] = length - (groups - 1) * size
-    return counts.log().view(1, -1, 1, 1)
 
 
 def _empty(x: Tensor, axis: int, count: int, last: float | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attlas.cache.layer import Cache
-from attlas.errors import ShapeError
+from attlas.errors import ShapeError, UnsupportedError
 from attlas.nn.mixer import Mixer
 from attlas.shapes import SeqInfo
 
@@ -23,7 +23,7 @@ class RowMixer(Mixer):
 
     def mix_cached(self, x: Tensor, positions: Tensor, seq: SeqInfo, cache: Cache) -> Tensor:
         """Packed x [T, dim], T >= 1, that goes on where the cache stands; a mechanism that decodes writes it."""
-        raise NotImplementedError
+        raise UnsupportedError(f"{self}: it does not decode")
 
     def mix(self, x: Tensor, *, memory: Tensor | None, positions: Tensor, seq: SeqInfo | None, cache: Cache | None) -> Tensor:
         if seq is None:

@@ -1,9 +1,12 @@
-"""Attention inside many small groups of tokens that were picked from the data: picking, attending, putting back."""
+"""Attention inside many small groups of tokens that were picked from the data: picking, averaging, attending, putting back."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attlas.ops.attention import attention
 from attlas.scores import RelativeBias
@@ -22,6 +25,22 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
 
 
+def group_means(x: Tensor, size: int) -> Tensor:
+    """[B, T, ...] -> [B, ceil(T / size), ...]: the mean of each group of `size` tokens, the last one possibly short."""
+    groups = -(-x.shape[1] // size)
+    padded = functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, groups * size - x.shape[1]))
+    counts = torch.tensor([size] * (groups - 1) + [x.shape[1] - (groups - 1) * size], device=x.device)
+    return padded.unflatten(1, (groups, size)).sum(2) / counts.view(-1, *(1,) * (x.ndim - 2))
+
+
+def log_counts(length: int, size: int, like: Tensor) -> Tensor:
+    """log of the number of tokens of each of the groups of `group_means`: [groups], in `like`'s dtype and on its device."""
+    groups = -(-length // size)
+    counts = torch.full((groups,), float(size), dtype=like.dtype, device=like.device)
+    counts[-1] = length - (groups - 1) * size
+    return counts.log()
+
+
 def attend_groups(
     q: Tensor, k: Tensor, v: Tensor, *, allowed: Tensor | None = None, scale: float | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -36,3 +55,19 @@ def attend_groups(
     out, aux = attention(q, k, v, score_mod=bias, scale=scale, impl=impl, return_aux=AuxRequest(lse=True))
     assert aux.lse is not None
     return out[:, :, 0], aux.lse[..., 0]
+
+
+def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Partial softmax results out [..., D], lse [...] that belong to `rows` [...] of [count, D], each of them any number of times,
+    joined by their log-sum-exp -> (out [count, D], lse [count]). A part with lse -inf is not read; a row without parts gives 0
+    and -inf. Differentiable in out and lse."""
+    out, lse, rows = out.flatten(0, -2), lse.flatten(), rows.flatten()
+    top = torch.full((count,), -math.inf, dtype=lse.dtype, device=lse.device)
+    top = top.scatter_reduce(0, rows, lse.detach(), "amax").clamp(min=torch.finfo(lse.dtype).min)
+    weights = torch.exp(lse - top[rows])
+    total = torch.zeros_like(top).index_add(0, rows, weights)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    parts = out.masked_fill((lse == -math.inf)[:, None], 0.0) * (weights / total[rows])[:, None].to(out.dtype)
+    joined = out.new_zeros(count, out.shape[-1]).index_add(0, rows, parts)
+    return joined, (top + total.log()).masked_fill(empty, -math.inf)

@@ -8,6 +8,7 @@ the sequences as numbers. What runs is what would have run without the compiler,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from attlas.scores import Alibi, Chain, DenseBias, RelativeBias, ScoreMod, Softc
 from attlas.shapes import SeqInfo
 
 _UNNAMED = ""  # the handle of no mask
+_SAVES = "cpu"  # the implementation whose backward pass starts from (out, lse); the others run again
 
 
 def traced(
@@ -39,7 +41,6 @@ def traced(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse) as from `run_call`, as one node of the graph that is being made."""
     tensors = [] if score_mod is None else list(score_mod.tensors())
-    grads = torch.is_grad_enabled()  # the backward pass reads the lse
     out, lse = attention_op(
         q,
         k,
@@ -51,7 +52,8 @@ def traced(
         scale,
         _numbers(seq),
         impl,
-        need_lse or grads,
+        need_lse,
+        torch.is_grad_enabled(),
     )
     return out, lse if need_lse else None
 
@@ -116,12 +118,12 @@ def _call(
     v: Tensor,
     tensors: Sequence[Tensor],
     sink: Tensor | None,
-    options: tuple[str, str, float | None, Sequence[int]],
+    options: tuple[str, str, float | None, Sequence[int], bool],
 ) -> AttentionCall:
-    handle, structure, scale, numbers = options
+    handle, structure, scale, numbers, need_lse = options
     mask = None if handle == _UNNAMED else Mask.of_handle(handle)
     mod, seq = _mod(structure, tensors), _seq(numbers)
-    return make_call(q, k, v, mask=mask, score_mod=mod, scale=scale, sink=sink, seq=seq, need_lse=True)
+    return make_call(q, k, v, mask=mask, score_mod=mod, scale=scale, sink=sink, seq=seq, need_lse=need_lse)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------------------------
@@ -140,20 +142,24 @@ def attention_op(
     seq: list[int],
     impl: str,
     need_lse: bool,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.attention` -> (out, lse); lse is empty unless it is needed."""
-    call = _call(q, k, v, mod_tensors, sink, (mask, mod, scale, seq))
-    if not need_lse:
-        call = make_call(q, k, v, mask=call.mask, score_mod=call.score_mod, scale=scale, sink=sink, seq=_seq(seq), need_lse=False)
+    """`ops.attention` -> (out, lse). lse is empty unless it is asked for or a backward pass may follow; where nobody asks for it
+    and the implementation that runs does not save it either, it is zeros."""
+    call = _call(q, k, v, mod_tensors, sink, (mask, mod, scale, seq, need_lse))
+    if with_grad and choose(call, impl).name == _SAVES:
+        call = replace(call, need_lse=True)
     out, lse = run_call(call, impl)
-    return out.contiguous(), q.new_empty(0, dtype=call.dtype) if lse is None else lse.contiguous()
+    if lse is None:
+        lse = q.new_zeros(q.shape[:-1] if with_grad else (0,), dtype=call.dtype)
+    return out.contiguous(), lse.contiguous()
 
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mod_tensors: list[Tensor], sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    need_lse = rest[-1]
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1] if need_lse else (0,), dtype=dtype)
+    need_lse, with_grad = rest[-2:]
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1] if need_lse or with_grad else (0,), dtype=dtype)
 
 
 def _differentiable() -> Any:
@@ -178,20 +184,21 @@ def backward_op(
     scale: float | None,
     seq: list[int],
     impl: str,
+    need_lse: bool,
     saved: list[Tensor],
 ) -> list[Tensor]:
     """saved = (out, lse, dout, dlse) -> gradients of q, k, v, the mod's tensors and (if there is one) the sink."""
     fq, fk, fv, *mods = leaves = [x.detach().requires_grad_() for x in (q, k, v, *mod_tensors)]
     sink_leaf = None if sink is None else sink.detach().requires_grad_()
     with torch.enable_grad(), _differentiable():
-        call = _call(fq, fk, fv, mods, sink_leaf, (mask, mod, scale, seq))
-        if choose(call, impl).name == "cpu" and not mods and not call.packed:
+        call = _call(fq, fk, fv, mods, sink_leaf, (mask, mod, scale, seq, need_lse))
+        if choose(call, impl).name == _SAVES and not mods and not call.packed:
             rules: dict[str, Any] = {"mask": call.mask, "grid": call.grid, "score_mod": call.score_mod}
             return [g.contiguous() for g in cpu.backward(q, k, v, **rules, scale=call.scale, sink=sink, saved=saved)]
         out, lse = run_call(call, impl)
-        assert lse is not None
         wanted = leaves if sink_leaf is None else [*leaves, sink_leaf]
-        grads = torch.autograd.grad((out, lse), wanted, saved[2:], allow_unused=True)
+        results = (out,) if lse is None else (out, lse)
+        grads = torch.autograd.grad(results, wanted, saved[2 : 2 + len(results)], allow_unused=True)
     return [torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(grads, wanted, strict=True)]
 
 
@@ -201,8 +208,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, mod_tensors: list[Tensor], sink: Tensor |
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mod_tensors, sink, *options, need_lse = inputs
-    assert need_lse, "a gradient needs the lse"
+    q, k, v, mod_tensors, sink, *options, with_grad = inputs
+    assert with_grad, "a gradient was not announced"
     ctx.save_for_backward(q, k, v, sink, *output, *mod_tensors)
     ctx.options = options
 
@@ -212,7 +219,7 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     dq, dk, dv, *rest = backward_op(q, k, v, mod_tensors, sink, *ctx.options, [out, lse, dout, dlse])
     n = len(mod_tensors)
     numbers: list | None = None if ctx.options[3] else []  # torch takes an empty list for a list of tensors
-    return dq, dk, dv, rest[:n], rest[n] if sink is not None else None, None, None, None, numbers, None, None
+    return dq, dk, dv, rest[:n], rest[n] if sink is not None else None, None, None, None, numbers, None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

@@ -36,6 +36,37 @@ def hierarchical(q: Tensor, k: Tensor, v: Tensor, block: int, causal: bool, coar
     return torch.einsum("bhij,bjhd->bihd", torch.softmax(scores, -1), V).to(q.dtype)
 
 
+def multi_resolution(
+    q: Tensor, k: Tensor, v: Tensor, block: int, per_row: int, coarse: bool, ranking: str, diagonal: int, first: int
+) -> Tensor:
+    """softmax over j of s_ij, times v_j: s_ij is the score of the tokens where their blocks x and y of `block` tokens are among
+    the best, else that of their blocks, S_xy = mean q . mean k / sqrt(D) (coarse), or -inf.
+
+    The best are, of all n^2 pairs of n blocks, the n * per_row with the largest S_xy (ranking "absolute") or S_xy - max_y S_xy
+    ("relative"); before them come the pairs |x - y| <= diagonal // 2, and those with x or y < first. The last block may be short.
+    q, k, v [B, T, H, D] -> [B, T, H, D]. Zeng et al. 2022, arXiv:2207.10284.
+    """
+    Q, K, V = _wide(q, k, v)
+    fine = torch.einsum("bihd,bjhd->bhij", Q, K) * Q.shape[-1] ** -0.5
+    low = torch.einsum("bihd,bjhd->bhij", _group_means(Q, block), _group_means(K, block)) * Q.shape[-1] ** -0.5
+    scores = torch.full_like(fine, -math.inf)
+    for b in range(Q.shape[0]):
+        for h in range(Q.shape[2]):
+            S = low[b, h, ::block, ::block].detach()
+            if ranking == "relative":
+                S = S - S.max(-1, keepdim=True).values
+            n = len(S)
+            forced = [(x, y) for x in range(n) for y in range(n) if 2 * abs(x - y) < diagonal or x < first or y < first]
+            others = sorted({(x, y) for x in range(n) for y in range(n)} - {*forced}, key=lambda xy, S=S: -float(S[xy]))
+            if coarse:
+                scores[b, h] = low[b, h]
+            for x, y in (forced + others)[: n * per_row]:
+                here = (b, h, slice(x * block, (x + 1) * block), slice(y * block, (y + 1) * block))
+                scores[here] = fine[here]
+    sees = scores.isfinite().any(-1, keepdim=True)
+    return torch.einsum("bhij,bjhd->bihd", torch.softmax(scores.masked_fill(~sees, 0.0), -1) * sees, V).to(q.dtype)
+
+
 def _group_means(x: Tensor, size: int) -> Tensor:
     """Every token of x [B, T, H, D] replaced by the mean of its group of `size` tokens."""
     groups = [g.mean(1, keepdim=True).expand_as(g) for g in x.split(size, dim=1)]

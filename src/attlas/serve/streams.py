@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from attlas.serve.wire import DONE, EventStream, Json, event
 CLIENT_GONE = 499  # nobody reads it; proxies log it under this number
 
 
-class Shape:
+class Shape(ABC):
     """How one kind of answer is written: the head that all its objects share, its choices, and the parts of a stream."""
 
     def __init__(self, service: Service, flight: Flight, name: str, kind: str, part_kind: str) -> None:
@@ -38,13 +39,13 @@ class Shape:
         """Which prompt a choice continues."""
         return index // self.flight.jobs[0].params.n
 
+    @abstractmethod
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A finished choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, index: int, answer: Answer, output: Output) -> list[dict[str, Any]]:
         """What a stream says of a choice when `output` has been added to it; nothing where there is nothing to say yet."""
-        raise NotImplementedError
 
     def whole(self, answers: dict[int, Answer]) -> dict[str, Any]:
         choices = [self.choice(index, answers[index]) for index in sorted(answers)]

@@ -50,6 +50,42 @@ CARDS = (
         degenerate=Degenerate({"block": 16}, equals="full"),
     ),
     Card(
+        name="multi-resolution",
+        aliases=("mra", "mra-2"),
+        family="multi-scale",
+        summary="The pairs of blocks that matter most are computed token by token, the others by the means of their blocks.",
+        formula="y_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij),  s_ij = q_i . k_j / sqrt(d) where the pair (x, y) of the blocks of i "
+        "and j is among the m n / b largest of S_xy = q_x . k_y / sqrt(d), else S_xy;  q_x, k_y means over blocks of b tokens",
+        paper="Zeng et al., Multi Resolution Analysis (MRA) for Approximate Self-Attention, arXiv:2207.10284",
+        year=2022,
+        used_by=("MRA (RoBERTa with MRA-2)",),
+        time="O(n b m d + (n / b)^2 d) for blocks of b, of which m per row are computed token by token",
+        memory="O(n m d + (n / b)^2)",
+        cache="none: a block's mean looks at later tokens, so it cannot decode",
+        supports=frozenset({"bidirectional", "packed", "backward", "compile"}),
+        caveats=(
+            "bidirectional only: mean queries, mean keys and the choice of blocks look at later tokens; causal=True is refused",
+            "the two levels b and 1 of the paper's experiments (MRA-2; coarse=False: MRA-2-s); its general form has more",
+            "the scores of all pairs of blocks are computed, (n / b)^2 of them: quadratic in the end, with a small factor",
+            "the best pairs are those of the whole matrix of scores, as in the paper: some rows may have none, and are 0 without "
+            "the coarse part; the authors' code ranks by the distance to the best of the row (ranking='relative')",
+            "transformers' MRA returns zeros without its CUDA kernels; its Python part, with plain products in place of the "
+            "kernels, is what this is tested against (ranking='relative'), beside a loop over pairs from the paper's equations",
+            "transformers counts m per row of the longest sequence a model takes, adds 1e-6 to every denominator, and leaves the "
+            "pairs that tie with the last chosen one out of the coarse part too",
+            "no length need be a multiple of the block: the last block is short and its means are over what it holds",
+            "sequences of different lengths in a packed batch run one by one",
+        ),
+        reference="attlas.reference.multiscale:multi_resolution",
+        op="attlas.ops.resolution:multi_resolution_attention",
+        mixer="attlas.nn.resolution:MultiResolution",
+        level=3,
+        example={**_SMALL, "block": 5, "blocks_per_row": 2},
+        options_for={"packed": {"block": 3, "coarse": False, "ranking": "relative"}, "backward": {"diagonal": 1}},
+        variants={"ranking": "relative", "diagonal": 1, "first": 1},
+        degenerate=Degenerate({"blocks_per_row": 307}, equals="full", equals_options={"rope": False}),
+    ),
+    Card(
         name="axial",
         family="multi-dimensional",
         summary="Tokens are the cells of a grid and attend along one axis of it after the other.",

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from attlas.errors import UnsupportedError
 from attlas.kernels.cpu.library import MAX_DIM, Stride, load, status
+from attlas.kernels.cpu.pages import large_pages
 
 RUN = 64  # tokens between two checkpoints of the state
 
@@ -96,14 +97,14 @@ def _forward(
     """(out, final state, checkpoints for backward)."""
     a, held = _args(scale, q, k, v, g)
     start = initial_state.detach().contiguous()
-    out, state = q.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(start)
+    out, state = large_pages(q.new_empty(*q.shape[:3], v.shape[-1])), torch.empty_like(start)
     checkpoints = None
     if keep:
         library = load()
         assert library is not None
         library.attlas_cpu_scan_state.restype = c_int64
         per_state = library.attlas_cpu_scan_state(ctypes.byref(a))
-        checkpoints = q.new_empty(q.shape[0] * q.shape[2] * -(-q.shape[1] // RUN) * per_state)
+        checkpoints = large_pages(q.new_empty(q.shape[0] * q.shape[2] * -(-q.shape[1] // RUN) * per_state))
         a.checkpoints = checkpoints.data_ptr()
     a.state_in, a.state_out, a.out = start.data_ptr(), state.data_ptr(), out.data_ptr()
     _run("forward", a)
@@ -125,8 +126,8 @@ class _Scan(torch.autograd.Function):
         q, k, v, g, checkpoints = ctx.saved_tensors
         a, held = _args(ctx.scale, q, k, v, g)
         (dout, a.sdo), dstate = _rows(dout), dstate.contiguous()
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        dg = None if g is None else g.new_empty(g.shape)
+        dq, dk, dv = (large_pages(x.new_empty(x.shape)) for x in (q, k, v))
+        dg = None if g is None else large_pages(g.new_empty(g.shape))
         dstart = torch.empty_like(dstate)
         a.dout, a.dstate_out, a.checkpoints = dout.data_ptr(), dstate.data_ptr(), checkpoints.data_ptr()
         a.dq, a.dk, a.dv, a.dstate_in = (t.data_ptr() for t in (dq, dk, dv, dstart))

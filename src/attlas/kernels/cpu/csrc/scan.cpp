@@ -1,7 +1,6 @@
 // The exported functions of the linear recurrence: choose the instruction set, one task per (batch row, head).
 #include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "pool.h"
 #include "scan_api.h"
@@ -32,30 +31,11 @@ bool sizes_fit(const AttlasScan* a) {
          (a->decay_dim == 0 || a->decay_dim == 1 || a->decay_dim == a->dim_k);
 }
 
-// Results are written to fresh memory, whose small pages cost more to fault in than the recurrence takes. Advice only: it may be ignored.
-void in_large_pages(void* start, int64_t floats) {
-  constexpr uintptr_t kPage = (uintptr_t)2 << 20;
-  uintptr_t first = ((uintptr_t)start + kPage - 1) / kPage * kPage, last = ((uintptr_t)start + (uintptr_t)floats * 4) / kPage * kPage;
-  if (start && last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
-}
-
-void prepare(const AttlasScan* a, int backward) {
-  int64_t rows = a->batch * a->heads * a->length;
-  if (backward) {
-    in_large_pages(a->dq, rows * a->dim_k), in_large_pages(a->dk, rows * a->dim_k);
-    in_large_pages(a->dv, rows * a->dim_v), in_large_pages(a->dg, rows * a->decay_dim);
-  } else {
-    in_large_pages(a->out, rows * a->dim_v);
-    in_large_pages(a->checkpoints, a->batch * a->heads * ((a->length + 63) / 64) * attlas_cpu_scan_state(a));
-  }
-}
-
 int run(const AttlasScan* a, int backward) {
   Job j = {a, table(a->isa)};
   if (!j.t) return 1;
   if (!sizes_fit(a)) return 3;
   size_t scratch = j.t->scratch(a, backward);
-  prepare(a, backward);
   return attlas::parallel_for(a->batch * a->heads, a->threads, scratch, backward ? backward_step : forward_step, &j) ? 0 : 2;
 }
 

@@ -37,6 +37,7 @@ class Parrot:
     params: SamplingParams
     detokenizer: Detokenizer
     said: int = 0
+    admitted: float | None = None
 
 
 @dataclass
@@ -93,6 +94,7 @@ class FakeEngine:
             raise RuntimeError("a wire came loose")
         while self.waiting and len(self.running) < self.rows:
             self.running.append(self.waiting.popleft())
+            self.running[-1].admitted = time.monotonic()
         for parrot in list(self.running):
             outputs.append(self.say(parrot))
             if outputs[-1].finish_reason:
@@ -114,7 +116,8 @@ class FakeEngine:
         logs = None if wanted is None else (TokenLogprobs(token, -0.5, top),)
         told = parrot.params.prompt_logprobs is not None and parrot.said == 1
         asked = tuple(TokenLogprobs(t, -0.25, ()) for t in parrot.prompt[1:]) if told else None
-        return Output(parrot.request_id, parrot.index, (token,), text, logs, reason, len(parrot.prompt), 3, asked)  # type: ignore[arg-type]
+        size = len(parrot.prompt)
+        return Output(parrot.request_id, parrot.index, (token,), text, logs, reason, size, 3, asked, parrot.admitted)  # type: ignore[arg-type]
 
     def stats(self) -> EngineStats:
         finished = {reason: self.counts[reason] for reason in ("stop", "length", "abort")}
@@ -172,12 +175,18 @@ class Live:
 
 @contextlib.contextmanager
 def live(
-    engine: Any = None, *, limits: Limits | None = None, keys: Sequence[str] = (), served: Served | None = None
+    engine: Any = None,
+    *,
+    limits: Limits | None = None,
+    keys: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
+    served: Served | None = None,
 ) -> Iterator[Live]:
     """A server in a thread of this process, on a free port."""
     engine = served.engine if served is not None else engine or FakeEngine()
     served = served or Served(NAME, engine, engine.tokenizer, CONTEXT, VOCABULARY, engine.rows)
-    app = create_app(Service(served, limits or Limits()), keys)
+    app = create_app(Service(served, limits or Limits()), keys, origins, hosts)
     server = DrainingServer(configuration(app, "critical"), app, 5.0)
     bound = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

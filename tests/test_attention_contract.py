@@ -36,6 +36,17 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("tq", [1, 5])
+def test_no_sequences_at_all(impl: str, dtype: torch.dtype, tq: int):
+    q, k, v = (t[:0] for t in qkv(tq=tq, tk=7, dtype=dtype))
+    for mask in (None, Causal(), Window(3, 0)):
+        out, aux = attention(q, k, v, mask=mask, impl=impl, return_aux=AuxRequest(lse=True))
+        assert out.shape == attention(q, k, v, mask=mask, impl=impl).shape == (0, tq, 6, 5)
+        assert out.dtype == dtype and aux.lse.shape == (0, tq, 6)
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "sdpa"])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("tq", [67, 3])

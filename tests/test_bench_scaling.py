@@ -39,6 +39,9 @@ def test_growth_is_measured_and_drawn(tmp_path: Path):
         assert row["lengths"] == [512, 1024] and row["bar"] == 1.25
         assert all(len(row[what]["seconds"]) == 2 and row[what]["exponent"] is not None for what in ("forward", "training"))
     assert "longformer" in table(found) and "decode" in found and not found["decode"]
+    assert "claim n^2" not in table(found)
+    assert "claim n^2: synthesizer" in table(found | {"quadratic": scaling_growth.quadratic(("synthesizer",))})
+    assert not set(scaling_growth.quadratic()) & {c.name for c in scaling_growth.grown()}
     page = (tmp_path / "growth.html").read_text()
     assert page.count("Plotly.newPlot(") == 2 and '"@' not in page.split("<main>")[1]
 

@@ -229,6 +229,20 @@ def test_the_part_refuses_what_it_cannot_hold() -> None:
     assert part.lengths == (4, 0, 4)
 
 
+def test_a_row_takes_the_memory_of_its_own_tokens_and_gives_it_back() -> None:
+    spec = PartSpec("lookahead", (("u", (2, 3)),))
+    (part,) = make_cache([spec], 5).parts
+    assert isinstance(part, LookaheadPart) and part.nbytes() == 0
+    for row, length in ((1, 17), (3, 101)):
+        part.put([row], 0, (randn(1, length, 2, 3, dtype=torch.float32),), length)
+    assert part.nbytes() == (17 + 101) * 6 * 4
+    part.fork(1, 4)
+    part.reset([3])
+    assert part.nbytes() == 2 * 17 * 6 * 4 and torch.equal(part.read(4).tensors[0], part.read(1).tensors[0])
+    part.truncate({1: 0, 4: 17})
+    assert part.nbytes() == 17 * 6 * 4
+
+
 def test_bad_calls_restate_themselves() -> None:
     ahead, own = six(5)
     whole = lookahead_attention(ahead, own)[0]

@@ -54,6 +54,23 @@ def test_many_rows_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(lsh_attention(q, unit_keys(q), q, hashes, chunk=5), whole, "in pieces")
 
 
+@pytest.mark.parametrize("window", [{"before": 1}, {"before": 2, "after": 1}, {"before": 1, "length": 27}])
+def test_chunks_that_need_no_mask_are_cut_into_pieces(window: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    length = window.pop("length", 29)
+    q = randn(1, length, 3, 6)
+    hashes = lsh_hash(q, make_rotations(3, 6, 2, (4,), seed=5), (4,))
+    want = truth.reformer(q, unit_keys(q), q, hashes, chunk=3, rule="trax", **window)
+    monkeypatch.setattr("attlas.ops.lsh._PIECE", 3 * 3 * 3 * 3 * 4)
+    assert_same(lsh_attention(q, unit_keys(q), q, hashes, chunk=3, rule="trax", **window), want, "in pieces")
+
+
+def test_hashes_are_found_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, rotations = randn(2, 29, 3, 6), make_rotations(3, 6, 2, (4, 2), seed=5)
+    whole = lsh_hash(q, rotations, (4, 2))
+    monkeypatch.setattr("attlas.ops.lsh._HASHED", 7 * 2 * 3 * 2 * 3)
+    assert torch.equal(lsh_hash(q, rotations, (4, 2)), whole)
+
+
 def test_a_hash_is_the_direction_that_is_nearest() -> None:
     x, rotations = randn(1, 17, 2, 5), make_rotations(2, 5, 3, (6, 4), seed=2)
     got = lsh_hash(x, rotations, (6, 4))

@@ -9,15 +9,18 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import permutations
 from typing import Any
 
 import pytest
+import torch
 
 from attlas.engine.engine import Engine
 from attlas.engine.options import EngineOptions
 from attlas.engine.request import SamplingParams
+from attlas.engine.scheduler import HELD_BACK
 from attlas.models.config import language_model
 from attlas.models.transformer import Transformer
 from engine_models import lively, prompt
@@ -42,35 +45,55 @@ SUMS = frozenset(("state", "lookahead", "lookahead and window", "lookahead and s
 TABLES = {name: 1 if name in ("full", "state", "lookahead", "lookahead and state") else 2 for name in MIXERS}
 
 
+# In fp64 no rounding decides about a token, so whatever a schedule does must leave every answer as it is; in fp32 the compiled
+# forward runs, where it promises the same ("invariant") and where it does not ("fast": only the accounts are compared).
+MODES = ("fp64", "fp64", "invariant", "fast")
+RULES = [(0.0, 0, 0.0, 0), (0.0, 0, 0.5, 0), (0.8, 0, 0.0, 1), (0.8, 5, 0.5, 2)]  # temperature, top_k, frequency penalty, seed
+
+
 @cache
-def model(name: str) -> Transformer:
-    return lively(Transformer(language_model(VOCAB, 8, len(MIXERS[name]), 2, mixers=MIXERS[name], hidden=7)))
+def model(name: str, dtype: torch.dtype) -> Transformer:
+    config = language_model(VOCAB, 8, len(MIXERS[name]), 2, mixers=MIXERS[name], hidden=7)
+    return lively(Transformer(config, dtype=dtype))
 
 
 def wish(r: random.Random) -> tuple[tuple[int, ...], SamplingParams]:
     """One of few beginnings, so that prefixes are shared, and any rules."""
-    tokens = [t % VOCAB for t in prompt(29, seed=r.randrange(3))][: r.randint(1, 29)]
+    tokens = [t % VOCAB for t in prompt(29, seed=r.randrange(3))][: r.choice((1, 7, 8, 17, 29))]
+    temperature, top_k, frequency, seed = r.choice(RULES)
     return tuple(tokens), SamplingParams(
         max_tokens=r.randint(1, 9),
-        temperature=r.choice((0.0, 0.8)),
-        top_k=r.choice((0, 5)),
-        frequency_penalty=r.choice((0.0, 0.0, 0.5)),
-        seed=r.randrange(4),
+        temperature=temperature,
+        top_k=top_k,
+        frequency_penalty=frequency,
+        seed=seed,
         n=r.choice((1, 1, 2, 3)),
         stop_token_ids=r.choice(((), (r.randrange(VOCAB),))),
     )
 
 
 @cache
-def alone(name: str, kv_dtype: str | None, tokens: tuple[int, ...], params: SamplingParams) -> dict[int, list[int]]:
+def whole(
+    name: str, dtype: torch.dtype, kv_dtype: str | None, tokens: tuple[int, ...], params: SamplingParams
+) -> list[list[int]]:
     """The answers that a request gets in an engine of its own."""
-    made = Engine(model(name), options=EngineOptions(max_len=48, page_size=8, batch_invariant=True, kv_dtype=kv_dtype))
+    options = EngineOptions(max_len=48, page_size=8, batch_invariant=dtype == torch.float32, kv_dtype=kv_dtype)
+    made = Engine(model(name, dtype), options=options)
     made.add("a", tokens, params)
-    found: dict[int, list[int]] = {}
+    found: list[list[int]] = [[] for _ in range(params.n)]
     while made.has_work():
         for o in made.step():
-            found.setdefault(o.index, []).extend(o.token_ids)
+            found[o.index] += o.token_ids
     return found
+
+
+def alone(
+    dtype: torch.dtype, name: str, kv_dtype: str | None, tokens: tuple[int, ...], params: SamplingParams
+) -> list[list[int]]:
+    """The same, from answers without a stop token and of full length, which many requests begin with."""
+    longest = whole(name, dtype, kv_dtype, tokens, replace(params, max_tokens=9, n=3, stop_token_ids=()))
+    cut = [answer[: params.max_tokens] for answer in longest]
+    return [a[: min((a.index(t) + 1 for t in params.stop_token_ids if t in a), default=len(a))] for a in cut]
 
 
 @dataclass
@@ -90,8 +113,8 @@ class Books:
                 self.ended[key] = o.finish_reason
 
 
-def drawn_options(r: random.Random, name: str) -> EngineOptions:
-    swap, invariant = r.random() < 0.4, r.random() < 0.8
+def drawn_options(r: random.Random, name: str, mode: str) -> EngineOptions:
+    swap = r.random() < 0.4
     return EngineOptions(
         max_len=48,
         page_size=8,
@@ -102,9 +125,9 @@ def drawn_options(r: random.Random, name: str) -> EngineOptions:
         preemption="swap" if swap else "recompute",
         swap_bytes=r.choice((2000, 1 << 20)) if swap else 0,
         speculative=0 if name in SUMS else r.choice((0, 3)),
-        batch_invariant=invariant,
-        cascade=not invariant and r.random() < 0.5,
-        kv_dtype=r.choice((None, None, "int8")),
+        batch_invariant=mode == "invariant",
+        cascade=mode != "invariant" and r.random() < 0.5,
+        kv_dtype=r.choice((None, None, "int8")) if mode == "fp64" else None,
     )
 
 
@@ -121,6 +144,7 @@ class Run:
     def step(self) -> None:
         self.books.take(self.made.step())
         self.check()
+        assert_nothing_is_computed_twice(self.made)
         self.steps += 1
         assert self.steps < 3000, "no end"
 
@@ -161,19 +185,31 @@ class Run:
             self.step()
 
 
+def assert_nothing_is_computed_twice(made: Engine) -> None:
+    """No two running sequences have the same pages still to compute (one that was swapped in had them when it left)."""
+    size, running = made.cache.page_size, made.scheduler.running
+    if not made.cache.prefix_caching or made.options.preemption == "swap":
+        return
+    for a, b in permutations(running, 2):
+        if a.salt == b.salt and b.held_back < HELD_BACK:
+            most = min(len(a.prompt), len(b.prompt) - 1) // size  # answers may come to agree later, which nobody can know before
+            common = max(n for n in range(most + 1) if a.tokens[: n * size] == b.tokens[: n * size]) * size
+            assert max(a.computed, b.computed) >= common
+
+
 def schedule(seed: int) -> Run:
     r = random.Random(seed)
     name = r.choice(list(MIXERS))
-    options = drawn_options(r, name)
-    run = Run(r, Engine(model(name), options=options))
+    mode = r.choice(MODES) if name in ("full", "window and full") else "fp64"
+    dtype, options = torch.float64 if mode == "fp64" else torch.float32, drawn_options(r, name, mode)
+    run = Run(r, Engine(model(name, dtype), options=options))
     run.go()
     stats, books = run.made.cache.stats(), run.books
     assert stats.used == stats.swapped == stats.swap_bytes == 0 and stats.free_rows == options.max_running
     assert set(books.ended) == {(k, i) for k, (_, p) in books.asked.items() for i in range(p.n)}
-    if options.batch_invariant:
-        for (key, i), tokens in books.got.items():
-            want = alone(name, options.kv_dtype, *books.asked[key])[i]
-            assert tokens == (want if books.ended[key, i] != "abort" else want[: len(tokens)]), (seed, key, i)
+    for (key, i), tokens in books.got.items() if mode != "fast" else ():
+        want = alone(dtype, name, options.kv_dtype, *books.asked[key])[i]
+        assert tokens == (want if books.ended[key, i] != "abort" else want[: len(tokens)]), (seed, key, i)
     return run
 
 
@@ -188,14 +224,14 @@ def told(runs: Iterable[Run]) -> Counter[str]:
 
 
 def test_random_schedules():
-    seen = told(map(schedule, range(200)))
-    assert min(seen["preemptions"] - seen["pushed"], seen["pushed"], seen["accepted"], seen["abort"]) > 50
-    assert seen["cached"] > 500
+    seen = told(map(schedule, range(40)))
+    assert min(seen["preemptions"] - seen["pushed"], seen["pushed"], seen["accepted"], seen["abort"], seen["stop"]) > 5
+    assert seen["cached"] > 50
 
 
 @pytest.mark.heavy
 def test_many_random_schedules():
-    for seed in range(200, 10_200):
+    for seed in range(40, 10_040):
         schedule(seed)
 
 

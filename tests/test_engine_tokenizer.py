@@ -120,11 +120,16 @@ def test_a_gguf_file_gives_what_its_tokenizer_gave(tmp_path: Path):
 
 
 def test_what_cannot_be_read(tmp_path: Path):
-    with pytest.raises(UnsupportedError, match="llama"):
-        load_tokenizer(gguf_file(tmp_path / "a.gguf", smollm(), kind="llama"))
+    with pytest.raises(UnsupportedError, match="kind 'bert' are not read"):
+        load_tokenizer(gguf_file(tmp_path / "a.gguf", smollm(), kind="bert"))
+    with pytest.raises(DataError, match="as many scores"):
+        load_tokenizer(gguf_file(tmp_path / "c.gguf", smollm(), kind="llama"))
     with pytest.raises(UnsupportedError, match="strange"):
         load_tokenizer(gguf_file(tmp_path / "b.gguf", smollm(), pre="strange"))
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match=r"does not exist$"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(DataError, match=r"tokenizer.model is not read.*save_pretrained"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot read"):

@@ -49,7 +49,7 @@ ALLOWED = {
     "transformers": {"compat", "models", "lab"},
     "numpy": {"models", "lab"},
     "safetensors": {"models"},
-    "gguf": {"models"},
+    "gguf": {"models", "lab"},
     "tokenizers": {"models", "engine", "serve", "cli"},
     "jinja2": {"engine"},
     "llguidance": {"engine"},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attlas.catalogue.index import cards
 from attlas.nn.recurrent import RecurrentMixer
+from attlas.shapes import SeqInfo
 from attlas.testing.inputs import randn
 
 T = 73  # more than a chunk
@@ -39,6 +40,25 @@ def test_three_forms_agree_for_every_mixer(card: Any) -> None:
     with torch.no_grad():
         steps = [mixer(x[:, t : t + 1], cache=cache) for t in range(T)]
     torch.testing.assert_close(torch.cat(steps, 1), chunked[0], **EQUAL)
+
+
+@pytest.mark.parametrize("card", FAMILY, ids=lambda c: c.name)
+def test_segments_make_the_whole(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences go through in segments, with every gradient; so do the padded rows of a ragged prefill."""
+    mixer = card.subject().make()
+    x, lengths = randn(2, 41, mixer.dim, seed=7), (41, 5)
+    packed, seq = torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)]), SeqInfo(lengths)
+
+    def prefill() -> Tensor:
+        cache = mixer.new_cache(2)
+        with torch.no_grad():
+            return torch.cat([mixer(packed, seq=seq, cache=cache), mixer(x[:, :1], cache=cache).flatten(0, 1)])
+
+    whole = [*_results(mixer, x), prefill()]
+    monkeypatch.setattr("attlas.nn.recurrent.SEGMENT", 1)
+    monkeypatch.setattr("attlas.nn.recurrent.LEAST", 13)
+    for got, want in zip([*_results(mixer, x), prefill()], whole, strict=True):
+        torch.testing.assert_close(got, want, **EQUAL)
 
 
 def test_the_whole_family_is_held_to_it() -> None:

@@ -158,6 +158,11 @@ def test_folders_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(DataError, match="is not JSON"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(theirs("gpt2").config.to_dict()))
+    quantised = theirs("gpt2").config.to_dict() | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(UnsupportedError, match="quantization_config"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(theirs("gpt2").config.to_dict()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(DataError, match=r"pytorch_model\.bin would have to be unpickled, which is never done"):
         from_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.llama import modeling_llama as llama
 
 from attlas.errors import OptionError, ShapeError, UnsupportedError
-from attlas.positions import NTK, DynamicNTK, Linear, Llama3, Rope, Yarn
+from attlas.positions import NTK, DynamicNTK, Each, Linear, Llama3, Rope, Yarn
 
 HEADS, DIM, T = 3, 22, 37
 
@@ -334,6 +334,8 @@ def test_errors_restate_the_call():
         lambda: DynamicNTK(2.0, 2048, 0),
         lambda: Yarn(2.0, 128, beta_fast=1.0, beta_slow=2.0),
         lambda: Llama3(8.0, 4.0, 4.0),
+        lambda: Each((1.0, 0.0)),
+        lambda: Rope(8, scaling=Each((1.0, 2.0))),
     ):
         with pytest.raises(OptionError, match=r"\("):
             make()

@@ -122,7 +122,7 @@ DEEP: dict[str, Any] = {}
 for _ in range(64):
     DEEP = {"not": DEEP}
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
-    "prompt longer than the context": ({"prompt": "x" * CONTEXT}, "prompt", "context holds"),
+    "prompt longer than the context": ({"prompt": "x" * CONTEXT}, "prompt", "maximum context length"),
     "answer longer than the context": ({"max_tokens": CONTEXT - 2}, "max_tokens", "room for"),
     "empty prompt": ({"prompt": ""}, "prompt", "empty"),
     "no prompts": ({"prompt": []}, "prompt", "empty"),
@@ -182,7 +182,7 @@ BAD_CHAT: dict[str, tuple[dict[str, Any], str, str]] = {
     "reasoning": ({"reasoning_effort": "high"}, "reasoning_effort", "not ignored"),
     "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "give one"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
-    "too long": ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages", "context holds"),
+    "too long": ({"messages": [{"role": "user", "content": "x" * CONTEXT}]}, "messages", "maximum context length"),
 }
 
 

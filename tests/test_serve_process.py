@@ -41,13 +41,17 @@ class Process:
         body = {"prompt": "once", "max_tokens": tokens, "ignore_eos": True, **more}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
 
+    def stats(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/v1/engine").json()["stats"]
+
     def running(self) -> int:
-        return int(httpx.get(f"{self.url}/v1/engine").json()["stats"]["running"])
+        return int(self.stats()["running"])
 
 
 @contextlib.contextmanager
 def process(*options: str, **environment: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "attlas", "serve", "--port", "0", "--max-len", "1024", "--json", *options]
+    command = [sys.executable, "-m", "attlas", "serve", "--max-len", "1024", "--json", *options]
+    command += [] if "--port" in options else ["--port", "0"]
     made = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
     try:
         assert made.stdout is not None
@@ -69,25 +73,53 @@ def process(*options: str, **environment: str) -> Iterator[Process]:
 
 
 def test_sigterm_loses_no_admitted_request_and_refuses_new_ones():
-    with process() as server, ThreadPoolExecutor(9) as pool:
-        whole = [pool.submit(server.ask, 307, seed=i) for i in range(7)]
-        streamed = pool.submit(server.ask, 307, stream=True)
-        while server.running() < 8:
-            time.sleep(0.01)
-        os.kill(server.process.pid, signal.SIGTERM)
+    with process("--max-running", "5") as server, ThreadPoolExecutor(11) as pool:
+        whole = [pool.submit(server.ask, 607, seed=i) for i in range(6)]
+        streamed = [pool.submit(server.ask, 607, seed=i, stream=True) for i in range(3)]
         end, refused = time.monotonic() + 20, None
+        while (stats := server.stats())["running"] + stats["waiting"] < 9:
+            assert time.monotonic() < end
+        os.kill(server.process.pid, signal.SIGTERM)
         while refused is None or refused.status_code != 503:
             refused = server.ask(1)
             assert time.monotonic() < end
         assert refused.json()["error"]["code"] == "draining" and int(refused.headers["Retry-After"]) > 0
         assert httpx.get(f"{server.url}/health").status_code == 503
         done = [request.result() for request in whole]
-        assert [r.status_code for r in done] == [200] * 7
-        assert [r.json()["usage"]["completion_tokens"] for r in done] == [307] * 7
-        events = streamed.result().text.strip().split("\n\n")
-        assert events[-1] == "data: [DONE]" and '"finish_reason":"length"' in events[-2]
+        assert [r.status_code for r in done] == [200] * 6
+        assert [r.json()["usage"]["completion_tokens"] for r in done] == [607] * 6
+        for request, other in zip(streamed, done, strict=False):
+            text, reason = joined(request.result().text)
+            assert (text, reason) == (other.json()["choices"][0]["text"], "length")
         assert server.process.wait(30) == 0
         assert server.process.stderr is not None and "Traceback" not in server.process.stderr.read()
+
+
+def joined(stream: str) -> tuple[str, str]:
+    """The whole text of a stream that came to its end, and why it ended."""
+    events = stream.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-1]]
+    return "".join(c["text"] for c in choices), choices[-1]["finish_reason"]
+
+
+def test_after_a_kill_it_starts_again_on_the_same_port_and_answers_as_before():
+    with process() as server:
+        port, want = server.url.rpartition(":")[2], server.ask(23, seed=3).json()["choices"]
+        body = {"prompt": "once", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert [next(lines) for _ in range(6)][4].startswith("data: {")
+            os.kill(server.process.pid, signal.SIGKILL)
+            with pytest.raises(httpx.TransportError):  # the client is told that this is not the end
+                for _ in lines:
+                    pass
+        assert server.process.wait(10) == -signal.SIGKILL
+    with process("--port", port) as again:
+        assert again.url == server.url and again.stats()["running"] == 0
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: again.ask(23, seed=3).json()["choices"], range(4)))
+        assert answers == [want] * 4
 
 
 def test_what_takes_longer_than_the_drain_is_told():

@@ -45,12 +45,21 @@ def test_metrics_count_what_happened_under_both_names():
             "e2e_request_latency_seconds_count": 2,
             "time_per_output_token_seconds_count": 3 * 6 + 3,
             "inter_token_latency_seconds_count": 3 * 6 + 3,
+            "request_queue_time_seconds_count": 2,
+            "request_prefill_time_seconds_count": 2,
+            "request_decode_time_seconds_count": 2,
+            "request_inference_time_seconds_count": 2,
+            "request_params_max_tokens_sum": 57,
+            "request_params_n_sum": 4,
             "request_prompt_tokens_sum": 6,
             "request_generation_tokens_sum": 25,
             "requests_refused_total status=400": 1,
         }
         for name, value in want.items():
             assert found[f"vllm:{name}"] == found[f"attlas:{name}"] == value, name
+        whole = found["vllm:e2e_request_latency_seconds_sum"]
+        parts = ("queue", "prefill", "decode")
+        assert sum(found[f"vllm:request_{part}_time_seconds_sum"] for part in parts) == pytest.approx(whole)
         for name in ("kv_cache_usage_perc", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total"):
             assert f"vllm:{name}" in found
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-from attlas.engine.request import SamplingParams
+from attlas.engine.engine import Engine
+from attlas.engine.options import EngineOptions
+from attlas.engine.request import Output, SamplingParams
 from attlas.errors import OptionError
 from attlas.serve.flight import Flight, Job
 from attlas.serve.worker import Busy, EngineFailed, Unhealthy, Worker
+from engine_models import small
 from serving import FakeEngine
 
 
 @asynccontextmanager
-async def working(engine: FakeEngine, capacity: int = 23, *, start: bool = True) -> AsyncIterator[Worker]:
+async def working(engine: Any, capacity: int = 23, *, start: bool = True) -> AsyncIterator[Worker]:
     """A worker; with start=False the test starts it, so that what it submits before is in one step."""
     worker = Worker(engine, capacity=capacity)
     if start:
@@ -25,7 +29,8 @@ async def working(engine: FakeEngine, capacity: int = 23, *, start: bool = True)
     try:
         yield worker
     finally:
-        engine.go.set()
+        if isinstance(engine, FakeEngine):
+            engine.go.set()
         await asyncio.to_thread(worker.stop)
 
 
@@ -132,6 +137,38 @@ def test_abort_frees_the_place_and_is_harmless_afterwards():
                 worker.abort(flight)
             await empty(worker)
             assert engine.running == [] and worker.engine.counts["abort"] == 1
+
+    asyncio.run(main())
+
+
+class Watched(Engine):
+    """Calls `during` inside of its seventh step, and counts at the start of each step the tokens that lie in pages of rows."""
+
+    during: Callable[[], None]
+
+    def __init__(self) -> None:
+        super().__init__(small(), options=EngineOptions(max_len=64, page_size=8, prefix_caching=False))
+        self.held: list[tuple[int, int]] = []
+
+    def step(self) -> list[Output]:
+        stats = self.cache.stats()
+        self.held.append((stats.used, stats.rows - stats.free_rows))
+        if len(self.held) == 7:
+            self.during()
+        return super().step()
+
+
+def test_the_pages_of_a_cancelled_request_are_free_when_the_step_in_progress_is_over():
+    async def main() -> None:
+        engine = Watched()
+        async with working(engine, start=False) as worker:
+            gone, stays = worker.submit([job(*range(29), tokens=30, n=2)]), worker.submit([job(7, 5, 3, tokens=13)])
+            engine.during = lambda: worker.abort(gone)
+            worker.start()
+            assert len((await answer(stays))[0]) == 13
+            assert engine.held[6] == (4 + 2 + 2, 3)  # 34 tokens twice, of which four pages of the prompt are shared; 8 tokens
+            assert engine.held[7] == (2, 1)
+            await empty(worker)
 
     asyncio.run(main())
 

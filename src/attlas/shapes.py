@@ -20,7 +20,11 @@ from attlas.errors import ShapeError
 
 
 def describe(**tensors: Tensor | None) -> str:
-    """`q [2, 5, 4, 8] float32 cpu, k ...`: how error messages restate tensors."""
+    """`q [2, 5, 4, 8] float32 cpu, k ...`: how error messages restate tensors.
+
+    Inside torch.compile, where sizes may be symbols, their names alone."""
+    if torch.compiler.is_compiling():
+        return ", ".join(tensors)
     return ", ".join(
         f"{name} {list(t.shape)} {str(t.dtype).removeprefix('torch.')} {t.device}" for name, t in tensors.items() if t is not None
     )

@@ -135,8 +135,9 @@ def test_deepseek(name: str):
 
 def test_what_no_preset_covers_is_refused():
     t = transformers()
-    with pytest.raises(UnsupportedError, match="experts"):
-        config_from_hf(t.DeepseekV2Config(**{**DEEPSEEK, "first_k_dense_replace": 1}))
+    for wrong in ({"norm_topk_prob": True}, {"topk_method": "noaux_tc"}, {"mlp_bias": True}, {"moe_layer_freq": 2}):
+        with pytest.raises(UnsupportedError, match=f"deepseek_v2: {next(iter(wrong))}"):
+            config_from_hf({**t.DeepseekV2Config(**{**DEEPSEEK, "first_k_dense_replace": 1}).to_dict(), **wrong})
     with pytest.raises(UnsupportedError, match="use_bias"):
         config_from_hf(t.BigBirdConfig(**COMMON, use_bias=False))
     with pytest.raises(UnsupportedError, match="longformer layers"):

@@ -40,8 +40,8 @@ class CacheManager:
                     hold pages * page_size tokens in all
     dtype, device   of the caches; None = torch's defaults
     prefix_caching  keep the pages of finished sequences, and give them to later ones that start with the same tokens and salt. A
-                    model with recurrent states, or with entries that stand for several tokens, shares nothing, whatever is
-                    said here: what they hold cannot be cut at a page of tokens. `self.prefix_caching` says what it came to
+                    model with recurrent states, lookahead keys, or entries that stand for several tokens shares nothing, whatever
+                    is said here: what they hold cannot be cut at a page of tokens. `self.prefix_caching` says what it came to
     swap_bytes      host memory for rows that are swapped out
     kv_dtype        "int8" or "fp8": store keys, values and latents in 8 bits (see `QuantisedStore`); None = in `dtype`
     rollback        tokens that windows keep beyond what the next query asks for, so that as many can be truncated between steps

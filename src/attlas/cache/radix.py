@@ -54,6 +54,9 @@ class Match:
         return [page for node, n in self.path for page in node.pages[group][:n]]
 
 
+NOTHING = Match((), 0)
+
+
 @dataclass(frozen=True)
 class Insertion:
     """`node` ends with the inserted tokens; `taken` are pages that the tree refers to from now on; held[group][i] is the tree's
@@ -98,7 +101,10 @@ class PrefixTree:
 
     def match(self, tokens: Sequence[int], salt: str = "") -> Match:
         """The longest beginning, in whole pages, behind which every group can go on. Changes nothing."""
-        path = self._find(self._roots.get(salt), list(tokens))
+        root = self._roots.get(salt)
+        if root is None or tuple(tokens[: self.page_size]) not in root.children:
+            return NOTHING  # asked for each waiting request in each step, and often all there is to say
+        path = self._find(root, list(tokens))
         blocks = self._usable(path, sum(n for _, n in path))
         kept, left = [], blocks
         for node, n in path:

@@ -92,7 +92,9 @@ class QuantisedStore(PageStore):
 
     "int8": |x - read| <= scale / 2 = max |x| / 254. "fp8": |x - read| <= max(|x| / 16, scale / 1024). A group of zeros is read as
     zeros; a number that is not finite makes its group NaN, and only that. Scales are those of the token alone: what is stored for
-    it depends on no other token. Bytes per number: 1, and 4 / width for the scale.
+    it depends on no other token. Bytes per number: 1, and 4 / width for the scale. Mixers read what they have just written back
+    from here, so that how a prompt is cut into steps changes nothing; but for hyena and axial (combine="shifted"), which use
+    the exact numbers within a step.
 
     Cost: `put` quantises T tokens; a read dequantises the pages that it wants into a fresh tensor of the cache's dtype, which is
     as many bytes as the plain cache would have been read with, and written once more: memory is saved, not time.
@@ -124,7 +126,7 @@ class QuantisedStore(PageStore):
     def _pick(self, pages: Tensor, consecutive: int | None) -> tuple[Tensor, ...]:
         stored, half = super()._pick(pages, consecutive), len(self.spec.tensors)
         pairs = zip(stored[:half], stored[half:], strict=True)
-        return tuple((code.view(self.code).float() * scale.unsqueeze(-1)).to(self.dtype) for code, scale in pairs)
+        return tuple(code.view(self.code).float().mul_(scale.unsqueeze(-1)).to(self.dtype) for code, scale in pairs)
 
     def table(self, block_table: Tensor) -> Table:
         """A dequantised copy of the pages in the table, each once."""

@@ -176,7 +176,7 @@ def generate() -> None:
 
         attlas generate 'Once upon a time' --model models/tiny-llama --new-tokens 64
 
-        attlas generate 'Once' 'Twice' --model model.gguf --tokenizer tokenizer.json --temperature 0.8 --top-p 0.95
+        attlas generate 'Once' 'Twice' --model model.gguf --temperature 0.8 --top-p 0.95
 
         attlas generate 'any text' --mechanism sliding-window --set window=16 --json
     """

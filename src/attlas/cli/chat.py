@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,13 +101,13 @@ def begin(request: Request) -> Conversation:
     from attlas.engine.engine import Engine
     from attlas.engine.options import EngineOptions
     from attlas.engine.tokenizer import load_tokenizer
-    from attlas.models.load import load_model
+    from attlas.models.load import load_model, located
 
     if request.model is None:
         raise OptionError("name a model: attlas chat --model FOLDER or --model FILE.gguf")
     if request.dtype not in ("bfloat16", "float32", "float16"):
         raise OptionError(f"--dtype {request.dtype}: one of bfloat16, float32, float16")
-    tokenizer = load_tokenizer(request.tokenizer or request.model)
+    tokenizer = load_tokenizer(request.tokenizer or located(request.model))
     if tokenizer.chat is None:
         raise OptionError(f"{request.model} brings no chat template, so it does not know conversations; try attlas generate")
     model = load_model(request.model, dtype=getattr(torch, request.dtype))
@@ -122,6 +123,8 @@ def chat(request: Request, as_json: bool) -> None:
     console = Console(highlight=False)
     answers: list[dict[str, Any]] = []
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - lines can be edited and called back
         note(HELP)
     stopped = False
     while True:
@@ -141,25 +144,25 @@ def chat(request: Request, as_json: bool) -> None:
         if line == "/reset":
             talk.reset()
         elif line:
-            answers.append({"prompt": line, "answer": _show(talk, line, console, quiet=as_json)})
+            answers.append({"prompt": line, "answer": _show(talk, line, quiet=as_json)})
     if as_json:
         write_json(answers)
 
 
-def _show(talk: Conversation, line: str, console: Any, *, quiet: bool) -> str:
+def _show(talk: Conversation, line: str, *, quiet: bool) -> str:
     """Print an answer as it comes. Ctrl-C ends the answer only."""
     said, pieces = "", talk.ask(line)
     try:
         for piece in pieces:
             said += piece
             if not quiet:
-                console.print(piece, end="", markup=False, soft_wrap=True)
+                print(piece, end="", flush=True)
     except KeyboardInterrupt:
         note("(stopped)")
     except AttlasError as error:
-        note(str(error))
+        note(f"{error}; /reset forgets the conversation")
     finally:
         pieces.close()  # type: ignore[attr-defined]
     if not quiet:
-        console.print()
+        print()
     return said

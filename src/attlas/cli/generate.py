@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from attlas.cli.options import from_dataclass
 from attlas.cli.output import note, write_json
 from attlas.cli.parse import settings
-from attlas.errors import OptionError, UnsupportedError
+from attlas.errors import DataError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from attlas.models.transformer import Transformer
@@ -22,9 +23,9 @@ class Request:
     """What to continue, with which model, and how.
 
     prompts      texts to continue; with --ids token ids such as 1,15043,29892
-    model        a folder with config.json, *.safetensors and tokenizer.json, or a .gguf file (llama family). Without it the
-                 model is small, has random weights and reads bytes
-    tokenizer    a tokenizer.json, where the model's folder has none (GGUF)
+    model        a folder with config.json, *.safetensors and tokenizer.json, or a .gguf file (Llama, Mixtral, Qwen 2 and 3,
+                 Gemma 2 and 3). Without it the model is small, has random weights and reads bytes
+    tokenizer    a tokenizer.json, where the model brings none
     ids          prompts are token ids, and so is the answer
     mechanism    which mechanism mixes tokens in a random model
     option       option of that mechanism, such as window=16
@@ -111,6 +112,7 @@ def ends(path: Path | None) -> list[int]:
 
 def codec(request: Request) -> Codec:
     from attlas.engine.tokenizer import load_tokenizer
+    from attlas.models.load import located
 
     if request.ids:
         return Numbers()
@@ -118,13 +120,28 @@ def codec(request: Request) -> Codec:
         return load_tokenizer(request.tokenizer)
     if request.model is None:
         return Bytes()
-    if request.model.suffix == ".gguf" or (request.model / "tokenizer.json").is_file():
-        return load_tokenizer(request.model)
-    raise OptionError(f"{request.model} brings no tokenizer.json: name one with --tokenizer, or give token ids with --ids")
+    path = located(request.model)
+    try:
+        return load_tokenizer(path)
+    except (DataError, UnsupportedError) as error:
+        raise OptionError(f"{error}. Name another tokenizer with --tokenizer, or give token ids with --ids") from error
 
 
-def continued(model: Transformer, prompts: list[list[int]], stops: frozenset[int], request: Request) -> list[list[int]]:
-    """The new tokens of each prompt, from an engine that runs them together."""
+def check_room(model: Transformer, prompts: list[list[int]], new_tokens: int) -> None:
+    from attlas.engine.memory import max_len
+
+    longest, limit = max(map(len, prompts)), max_len(model)
+    if limit is not None and longest + new_tokens > limit:
+        raise OptionError(f"--new-tokens {new_tokens} behind a prompt of {longest} tokens: the model takes {limit} tokens in all")
+
+
+Tell = Callable[[Sequence[int]], None]
+
+
+def continued(
+    model: Transformer, prompts: list[list[int]], stops: frozenset[int], request: Request, tell: Tell | None = None
+) -> list[list[int]]:
+    """The new tokens of each prompt, from an engine that runs them together; `tell` gets them as they come."""
     from attlas.engine.engine import Engine
     from attlas.engine.options import EngineOptions
     from attlas.engine.request import SamplingParams
@@ -147,7 +164,35 @@ def continued(model: Transformer, prompts: list[list[int]], stops: frozenset[int
     while engine.has_work():
         for output in engine.step():
             new[int(output.request_id)] += output.token_ids
+            if tell is not None:
+                tell(output.token_ids)
     return new
+
+
+class Live:
+    """Prints the answer to one prompt as it comes, so that Ctrl-C loses nothing of it."""
+
+    def __init__(self, speech: Codec, prompt: str, ids: list[int]) -> None:
+        from attlas.engine.detokenizer import Detokenizer
+
+        self.text = Detokenizer(speech, after=ids)
+        print(prompt, end="", flush=True)
+
+    def tell(self, tokens: Sequence[int]) -> None:
+        print("".join(self.text.add(token) for token in tokens), end="", flush=True)
+
+    def close(self) -> None:
+        print(self.text.flush(), flush=True)
+
+
+def told(speech: Codec, ids: list[int], added: list[int]) -> str:
+    """The text of the new tokens, as it goes on from the prompt's."""
+    from attlas.engine.detokenizer import Detokenizer
+
+    if isinstance(speech, Numbers):
+        return speech.decode(added)
+    text = Detokenizer(speech, after=ids)
+    return "".join(text.add(token) for token in added) + text.flush()
 
 
 def answer(request: Request, as_json: bool) -> None:
@@ -167,7 +212,13 @@ def answer(request: Request, as_json: bool) -> None:
         raise OptionError(f"token ids {wrong[:5]} are outside the model's vocabulary of {vocabulary}")
     check_sampling(request.temperature, request.top_k, request.top_p)
     if request.model is not None:
-        new = continued(model, prompts, getattr(speech, "ends", frozenset()) | frozenset(ends(request.model)), request)
+        check_room(model, prompts, request.new_tokens)
+        stops = getattr(speech, "ends", frozenset()) | frozenset(ends(request.model))
+        if len(prompts) == 1 and not (as_json or request.ids):
+            with contextlib.closing(Live(speech, request.prompts[0], prompts[0])) as live:
+                continued(model, prompts, stops, request, live.tell)
+            return
+        new = continued(model, prompts, stops, request)
     else:
         rules: dict[str, Any] = {
             "temperature": request.temperature,
@@ -177,7 +228,7 @@ def answer(request: Request, as_json: bool) -> None:
         }
         new = generate(model, prompts, request.new_tokens, use_cache=cached, **rules)
     results: list[dict[str, Any]] = [
-        {"prompt": text, "prompt_ids": ids, "text": speech.decode(added), "ids": added}
+        {"prompt": text, "prompt_ids": ids, "text": told(speech, ids, added), "ids": added}
         for text, ids, added in zip(request.prompts, prompts, new, strict=True)
     ]
     if as_json:

@@ -31,4 +31,6 @@ def serve(options: ServeOptions, as_json: bool) -> None:
         keys = "with keys" if told["keys"] else "without keys"
         print(f"{told['model']} at {told['url']} ({keys}); Ctrl-C finishes what is running and ends", flush=True)
 
+    if options.model is not None and not as_json:
+        note(f"Loading {options.model} ...")
     run(options, started)

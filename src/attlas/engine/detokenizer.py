@@ -3,6 +3,7 @@ decided."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
@@ -19,14 +20,18 @@ class Detokenizer:
     A tokenizer may decode a token differently after another one (word boundaries, bytes of one character), so new text is the
     difference of two decodings of the last few tokens. Cost: two short decodings per token.
     `stop`: texts that end the answer. `stopped` becomes True when one is complete; it and what follows never come out.
+    `after`: the tokens that the answer follows. Some tokenizers drop a space at the beginning of a text; an answer is none.
     """
 
-    def __init__(self, decoder: Decoder | None, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, decoder: Decoder | None, stop: tuple[str, ...] = (), after: Sequence[int] = ()) -> None:
         self.decoder, self.stop = decoder, stop
         self.stopped = False
         self._recent: list[int] = []  # tokens that the next ones are decoded together with
         self._shown = 0  # how many of them have come out
         self._held = ""
+        if decoder is not None:
+            self._recent = _whole_end(decoder, after)
+            self._shown = len(self._recent)
 
     def add(self, token: int) -> str:
         """Text that is final now that `token` has come."""
@@ -59,6 +64,12 @@ class Detokenizer:
         keep = max((_overlap(text, s) for s in self.stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _whole_end(decoder: Decoder, tokens: Sequence[int]) -> list[int]:
+    """The fewest last tokens that end with a whole character; none where the text ends inside one."""
+    ends = (list(tokens[-n:]) for n in range(1, min(LONGEST_CHARACTER, len(tokens)) + 1))
+    return next((end for end in ends if not decoder.decode(end).endswith(REPLACEMENT)), [])
 
 
 def _overlap(text: str, stop: str) -> int:

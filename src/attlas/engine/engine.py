@@ -89,7 +89,7 @@ class Engine:
             seed=secrets.randbits(64) if params.seed is None else params.seed,
             ends=ends,
             limit=min(self.max_len, len(prompt) + params.max_tokens),
-            detokenizer=Detokenizer(self.tokenizer, params.stop),
+            detokenizer=Detokenizer(self.tokenizer, params.stop, prompt),
             grammar=grammar,
             siblings=tuple(range(1, params.n)),
         )
@@ -193,7 +193,7 @@ class Engine:
             index=index,
             siblings=(),
             tokens=list(parent.tokens),
-            detokenizer=Detokenizer(self.tokenizer, parent.params.stop),
+            detokenizer=Detokenizer(self.tokenizer, parent.params.stop, parent.prompt),
             grammar=None if parent.grammar is None else parent.grammar.copy(),
             state=State.WAITING,
             row=None,
@@ -277,6 +277,7 @@ class Engine:
             len(sequence.prompt),
             sequence.cached_tokens,
             reports,
+            sequence.admitted_at,
         )
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:

@@ -8,7 +8,6 @@ the engine is made: changing the model's weights later does not reach them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +16,17 @@ from torch import Tensor, nn
 from attlas.cache.groups import LayerPart
 from attlas.cache.layer import Cache
 from attlas.cache.store import PageStore
+from attlas.engine.pieces import Pieces, cut
 from attlas.engine.program import Program
 from attlas.engine.runner import Runner
 from attlas.kernels.cpu import dense, launch
-from attlas.kernels.cpu.attention import FEW_QUERIES
 from attlas.models.layers import FeedForward, Layer, Step, UnitOffsetRMSNorm
 from attlas.models.tokens import Tokens
 from attlas.models.transformer import Transformer
 from attlas.nn.attention import Attention
-from attlas.ops.cached import attention_cached
 from attlas.ops.decode import DecodeRule, cascade_pages, rule_for, shared_tokens
 from attlas.positions.rope import Rope
 from attlas.shapes import SeqInfo
-
-SHORT = 256  # tokens of a text
 
 
 @dataclass
@@ -40,10 +36,9 @@ class Shared:
     seq: SeqInfo
     positions: Tensor
     step: Step
-    each: int  # queries of each call of the kernel's decode: of every sequence, or 1 where tokens stand alone; 0 = it cannot run
-    alone: bool  # every token is attended to by itself
+    pieces: Pieces
     angles: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[int, Tensor] = field(default_factory=dict)
     prefixes: dict[int, int] = field(default_factory=dict)
 
     def turn(self, rope: Rope | None) -> tuple[Tensor, Tensor] | None:
@@ -58,7 +53,8 @@ class Shared:
         """Leading tokens that lie in the same pages for all sequences, where reading them once for all pays."""
         key = id(part.group)
         if key not in self.prefixes:
-            self.prefixes[key] = shared_tokens(self.table(part)[0], part.page_size, self.ends, self.each, rule)
+            each = self.pieces.each
+            self.prefixes[key] = shared_tokens(self.table(part), part.page_size, self.ends, each, rule) if each else 0
         return self.prefixes[key]
 
     @property
@@ -66,8 +62,8 @@ class Shared:
         """Tokens of each sequence, the new ones included."""
         return tuple(a + n for a, n in zip(self.seq.first, self.seq.lengths, strict=True))
 
-    def table(self, part: LayerPart) -> tuple[Tensor, Tensor]:
-        """The block table of each sequence (of each token, where they stand alone), and how many tokens it may look at."""
+    def table(self, part: LayerPart) -> Tensor:
+        """The block table of each piece."""
         key = id(part.group)
         if key not in self.tables:
             rows = list(self.seq.rows)
@@ -76,11 +72,8 @@ class Shared:
                 # The kernel skips what lies behind the window, but not page by page: let it find the row's own numbers there.
                 held = torch.tensor([part.tables.pages[row][-1] for row in rows], dtype=torch.int32)[:, None]
                 table = torch.where(table < 0, held, table)
-            lengths = torch.tensor(self.ends, dtype=torch.int64)
-            if self.alone:
-                table = table.repeat_interleave(torch.tensor(self.seq.lengths), dim=0)
-                lengths = self.positions + 1
-            self.tables[key] = table.contiguous(), lengths
+            index = self.pieces.index
+            self.tables[key] = (table if index is None else table[index]).contiguous()
         return self.tables[key]
 
 
@@ -120,30 +113,28 @@ class FusedAttention:
 
     def _attend(self, q: Tensor, shared: Shared) -> Tensor:
         """q [T, H, D] -> [T, H, D]"""
-        rule, mixer = self.rule, self.mixer
-        if shared.each:
-            table, lengths = shared.table(self.part)
-            k, v = self.part.store.tensors
-            q = q.unflatten(0, (-1, shared.each))
-            prefix = shared.prefix(self.part, rule) if self.part.cascade else 0
-            if prefix:
-                return cascade_pages(q, (k, v), table, shared.ends, rule, prefix)[0].flatten(0, 1)
+        rule, part, pieces = self.rule, self.part, shared.pieces
+        table, (k, v) = shared.table(part), part.store.tensors
+        prefix = shared.prefix(part, rule) if part.cascade else 0
+        if prefix:
+            return cascade_pages(q.unflatten(0, (-1, pieces.each)), (k, v), table, shared.ends, rule, prefix)[0].flatten(0, 1)
+        found = []
+        for run in pieces.runs:
+            own = slice(run.piece, run.piece + run.count)
             out, _ = launch.decode(
-                q,
+                q[run.at : run.end].unflatten(0, (run.count, run.each)),
                 k,
                 v,
-                lengths,
+                pieces.ends[own],
                 rule.visible,
                 rule.scale,
-                block_table=table,
+                block_table=table[own],
                 softcap=rule.softcap,
                 alibi=rule.alibi,
                 sink=rule.sink,
             )
-            return out.flatten(0, 1)
-        score_mod = mixer.score_mod(q.device)
-        options: dict[str, Any] = {"score_mod": score_mod, "scale": mixer.scale, "sink": mixer.sink, "impl": mixer.impl}
-        return attention_cached(q, self.part, seq=shared.seq, mask=mixer.mask, **options)
+            found.append(out.flatten(0, 1))
+        return torch.cat(found)
 
 
 class FusedFeedForward:
@@ -211,7 +202,7 @@ def fused_attention(layer: Layer, caches: list[Cache]) -> FusedAttention | None:
         q = mixer.q_proj.weight.new_empty(0, mixer.num_heads, mixer.head_dim)
         score_mod = mixer.score_mod(q.device)
         rule = rule_for(q, mask=mixer.mask, score_mod=score_mod, scale=mixer.scale, sink=mixer.sink, impl=mixer.impl)
-    return None if rule is None else FusedAttention(mixer, part, rule)
+    return None if rule is None or not rule.visible.causal else FusedAttention(mixer, part, rule)
 
 
 def fused_feed_forward(ffn: nn.Module | None) -> FusedFeedForward | None:
@@ -256,10 +247,9 @@ class FusedRunner(Runner):
     def _hidden(self, tokens: Tensor, seq: SeqInfo) -> Tensor:
         layout = Tokens.of(tokens, seq, None, None, self.caches[0].lengths)
         assert layout.seq is not None
-        each, alone = self._queries(layout.seq)
-        shared = Shared(layout.seq, layout.positions, Step(layout.seq, None, None), each, alone)
+        shared = Shared(layout.seq, layout.positions, Step(layout.seq, None, None), cut(layout.seq, alone=self.alone))
         x, residual = self.model.embed(layout, None).contiguous(), None
-        if self.program is not None and shared.each and not self._cascades(shared):
+        if self.program is not None and not self._cascades(shared):
             return self.program.run(x, shared)
         for layer in self.layers:
             x, residual = layer(x, residual, shared)
@@ -268,17 +258,6 @@ class FusedRunner(Runner):
         x = x if residual is None else x + residual
         norm = self.model.decoder.norm if self.model.decoder is not None else None
         return x if norm is None else norm(x)
-
-    def _queries(self, seq: SeqInfo) -> tuple[int, bool]:
-        """Queries of each call of the decode kernel (0 = another one runs), and whether tokens attend one by one. While all texts
-        are short, reading their keys once for each token costs less than a call for each sequence."""
-        if self.alone:
-            return 1, True
-        n = seq.lengths[0]
-        if n <= FEW_QUERIES and all(m == n for m in seq.lengths):
-            return n, False
-        short = all(first + m <= SHORT for first, m in zip(seq.first, seq.lengths, strict=True))
-        return int(short), short
 
     def _cascades(self, shared: Shared) -> bool:
         known = (layer.attention for layer in self.layers if layer.attention is not None)

@@ -71,10 +71,11 @@ class Memory:
     def _pages(self, options: EngineOptions, probe: CacheManager) -> int:
         if options.pages is not None:
             return options.pages
-        of_one = _pages_of_one(probe, self.max_len)
-        most = options.max_running * of_one
+        most = options.max_running * _pages_of_one(probe, self.max_len)
         if options.cache_bytes is None:
-            return min(most, max(of_one, DEFAULT_CACHE_BYTES // max(probe.page_bytes, 1)))
+            # A length that was asked for gets its pages, whatever they take; of one that the model only allows, what fits.
+            least = _pages_of_one(probe, options.max_len or min(self.max_len, DEFAULT_MAX_LEN))
+            return min(most, max(least, DEFAULT_CACHE_BYTES // max(probe.page_bytes, 1)))
         if options.cache_bytes < probe.page_bytes:
             raise OptionError(
                 f"EngineOptions: cache_bytes={options.cache_bytes} is less than one page of {probe.page_bytes} bytes"
@@ -128,7 +129,7 @@ def _specs_of(layer: int, mixer: Mixer) -> tuple[PartSpec, ...]:
 
 def max_len(model: Transformer) -> int | None:
     """The longest sequence that the model takes, None = it does not say."""
-    limits = [m.max_len for m in mixers_of(model) if m.max_len is not None]
+    limits = [n for n in (model.config.max_positions, *(m.max_len for m in mixers_of(model))) if n is not None]
     if model.embed.positions is not None:
         limits.append(model.embed.positions.num_embeddings - model.embed.offset)
     return min(limits, default=None)

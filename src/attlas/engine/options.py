@@ -20,7 +20,8 @@ class EngineOptions:
     pages               pages of the cache; None = from cache_bytes, or enough for max_running sequences of max_len tokens
     cache_bytes         memory for pages, when `pages` is None
     page_size           tokens of a page
-    max_len             longest prompt + answer; None = as long as the model takes, or 4096 when it does not say
+    max_len             longest prompt + answer; None = as long as the model takes, or 4096 when it does not say; without
+                        pages and cache_bytes, what is longer than 4096 has to fit into 1 GiB
     prefix_caching      keep the pages of finished sequences and share them with prompts that begin alike
     preemption          what happens to a running sequence when pages run out: its pages are given up and computed again later
                         ("recompute"), or copied aside ("swap")

@@ -155,6 +155,7 @@ class Output:
     prompt_tokens    tokens of the prompt
     cached_tokens    how many of them were found in the cache when the request was admitted
     prompt_logprobs  with the first output of answer 0 where asked for: one entry for each prompt token but the first
+    admitted         when the request left the queue, in seconds of the monotonic clock; None = it has not
     """
 
     request_id: str
@@ -166,6 +167,7 @@ class Output:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    admitted: float | None = None
 
 
 @dataclass(frozen=True)

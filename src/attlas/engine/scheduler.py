@@ -7,8 +7,10 @@ arXiv 2403.02310; prefix-aware order: SGLang, Zheng et al. 2023, arXiv 2312.0710
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import monotonic
 
 from attlas.cache.manager import CacheManager
 from attlas.engine.options import EngineOptions
@@ -16,6 +18,7 @@ from attlas.engine.sequence import Sequence, State
 
 PATIENCE = 8  # times that a waiting request may be overtaken because of its prefix; then it goes first
 LOOKED_AT = 128  # waiting requests whose prefixes are compared; those behind them wait in order of arrival
+HELD_BACK = 8  # steps that a request waits at most for others to compute what it begins with
 
 
 @dataclass
@@ -43,8 +46,9 @@ class Task:
 
 class Scheduler:
     """Keeps running and waiting sequences. Running ones go first, those that decode before those that read; what is left of the
-    budget reads prompts of waiting ones, those with the longest cached prefix first. When pages run out, the running sequence of
-    the lowest rank gives up its own."""
+    budget reads prompts of waiting ones, those with the longest cached prefix first. A waiting one that begins like a prompt
+    that is being read is held back until that beginning is in the cache, so that it is computed once. When pages run out, the
+    running sequence of the lowest rank gives up its own."""
 
     def __init__(self, cache: CacheManager, options: EngineOptions, draft: Callable[[Sequence], list[int]]) -> None:
         self.cache, self.options, self.draft = cache, options, draft
@@ -68,7 +72,7 @@ class Scheduler:
                 self._schedule(sequence, budget, tasks)
         if self.preemptions == before:
             self._admit(tasks)
-        return list(tasks.values())
+        return sorted(tasks.values(), key=lambda t: t.total)  # equal counts side by side: they attend in one call
 
     def _schedule(self, sequence: Sequence, budget: int, tasks: dict[Sequence, Task]) -> None:
         task = Task(sequence, min(sequence.remaining, budget))
@@ -107,9 +111,16 @@ class Scheduler:
             free = self.options.max_batched_tokens - sum(t.total for t in tasks.values())
             return free if len(self.running) < self.options.max_running else 0
 
+        passed = 0
         for sequence in self._in_order() if self.waiting and room() else []:
             budget = room()
-            if not budget or not self._place(sequence):
+            if not budget or passed == LOOKED_AT:
+                return
+            if self._better_later(sequence):
+                sequence.held_back += 1
+                passed += 1
+                continue
+            if not self._place(sequence):
                 return
             assert sequence.row is not None
             count = min(sequence.remaining, budget)
@@ -135,6 +146,22 @@ class Scheduler:
 
         return sorted(looked_at, key=order) + rest
 
+    def _better_later(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to compute pages that this one would have to compute as well."""
+        if not self.cache.prefix_caching or sequence.state is not State.WAITING or sequence.held_back >= HELD_BACK:
+            return False
+        longest = max((self._ahead(other, sequence) for other in self.running), default=0)
+        return longest > 0 and self.cache.match(sequence.tokens, sequence.salt) < longest
+
+    def _ahead(self, other: Sequence, sequence: Sequence) -> int:
+        """Tokens, in whole pages, that both begin with; 0 when `other` has computed them all."""
+        size, a, b = self.cache.page_size, other.tokens, sequence.tokens
+        most = min(len(a), len(b) - 1) // size  # at least one token of `sequence` is left to compute
+        if other.computed >= most * size or other.salt != sequence.salt or a[:size] != b[:size]:
+            return 0
+        common = bisect_left(range(1, most + 1), True, key=lambda n: a[: n * size] != b[: n * size]) * size
+        return common if other.computed < common else 0
+
     def _place(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a row, if what it has to compute will fit."""
         if sequence.state is State.SWAPPED:
@@ -152,7 +179,7 @@ class Scheduler:
             self._put_back(sequence)
             return False
         if not sequence.admitted:
-            sequence.admitted, sequence.cached_tokens = True, admission.cached_tokens
+            sequence.admitted, sequence.admitted_at, sequence.cached_tokens = True, monotonic(), admission.cached_tokens
             self.prompt_tokens += len(sequence.prompt)
             self.cached_tokens += admission.cached_tokens
         return True

@@ -25,7 +25,9 @@ class Sequence:
     tokens    prompt and answer so far; the answer's tokens are known before they are in the cache
     computed  how many of them the cache row holds; the others are fed next. When all are fed, the next token is chosen
     arrival   running number of the request
+    admitted_at  when it first left the queue, in seconds of the monotonic clock
     waited    admissions that went to others while this sequence waited
+    held_back steps for which it waited because another sequence was computing its beginning
     siblings  indices of answers that start as copies of this one when its prompt is done
     """
 
@@ -48,8 +50,10 @@ class Sequence:
     row: int | None = None
     handle: Any = None
     admitted: bool = False
+    admitted_at: float | None = None
     cached_tokens: int = 0
     waited: int = 0
+    held_back: int = 0
     matched: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None

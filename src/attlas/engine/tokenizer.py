@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from attlas.errors import DataError, OptionError, UnsupportedError
+from attlas.errors import AttlasError, DataError, OptionError, UnsupportedError
 
 
 class Tokenizer:
@@ -67,7 +68,6 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of messages {"role": ..., "content": ...}. OptionError when the template refuses them."""
         try:
-            import jinja2
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
             raise UnsupportedError("chat templates need the package jinja2: pip install 'attlas[serve]'") from error
@@ -78,10 +78,13 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         values = {**self.special, "messages": messages, "add_generation_prompt": add_generation_prompt, **variables}
         try:
             return str(environment.from_string(self.source).render(values))
-        except jinja2.TemplateError as error:
+        except OptionError:
+            raise
+        except Exception as error:  # a template is a program: it may divide by zero as well as be misspelt
             raise OptionError(f"the chat template cannot render these messages: {error}") from error
 
 
@@ -92,11 +95,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".gguf":
         from attlas.engine.gguf_tokenizer import from_gguf
 
-        return from_gguf(path)
+        try:
+            return from_gguf(path)
+        except (AttlasError, ImportError):
+            raise
+        except Exception as error:  # a damaged file: whatever the libraries stumble over
+            raise DataError(f"{path} holds a tokenizer that cannot be read: {error}") from error
     folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
     inner = _library().Tokenizer
     if not file.is_file():
-        raise DataError(f"{file} does not exist")
+        raise DataError(f"{file} does not exist{_other_form(folder)}")
     try:
         made = inner.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every unreadable file
@@ -104,6 +112,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     made.no_padding()
     made.no_truncation()
     return _with_config(made, folder)
+
+
+def _other_form(folder: Path) -> str:
+    """What to do about a tokenizer that lies there in another form."""
+    found = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()]
+    if not found:
+        return ""
+    return (
+        f"; {', '.join(found)} is not read. Write the tokenizer.json once, with transformers (and sentencepiece): "
+        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    )
 
 
 def _library() -> Any:
@@ -122,26 +141,27 @@ def _with_config(inner: Any, folder: Path) -> Tokenizer:
     ends = {inner.token_to_id(special["eos_token"])} if "eos_token" in special else set()
     for file in ("generation_config.json", "config.json"):
         found = _json(folder / file).get("eos_token_id")
-        ends |= set(found if isinstance(found, list) else [found])
+        ends |= {i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)}
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
     alone = folder / "chat_template.jinja"
     if template is None and alone.is_file():
         template = alone.read_text(encoding="utf-8")
-    chat = None if template is None else ChatTemplate(template, special)
+    chat = ChatTemplate(template, special) if isinstance(template, str) else None
     bos = inner.token_to_id(special["bos_token"]) if "bos_token" in special else None
     return Tokenizer(inner, ends=frozenset(e for e in ends if isinstance(e, int)), bos=bos, chat=chat)
 
 
 def _text(token: Any) -> str | None:
     """A token in tokenizer_config.json: its text, or an object that holds it."""
-    return token.get("content") if isinstance(token, dict) else token
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON in UTF-8: {error}") from error
     return found if isinstance(found, dict) else {}

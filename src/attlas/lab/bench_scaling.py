@@ -72,7 +72,8 @@ def run(
         from attlas.lab.figure_growth import page
 
         picture.write_text(page(result["growth"]), encoding="utf-8")
-    return {"machine": machine_stamp(), "core": status(), "threads": torch.get_num_threads(), **result}
+    square = scaling_growth.quadratic(only) if "growth" in parts else []
+    return {"machine": machine_stamp(), "core": status(), "threads": torch.get_num_threads(), "quadratic": square, **result}
 
 
 Task = tuple[str, Callable[..., Any]]
@@ -134,6 +135,8 @@ def table(result: dict[str, Any]) -> str:
     lines: list[str] = []
     if result["growth"]:
         lines += _growth(result["growth"])
+    if result["quadratic"]:
+        lines.append(f"not measured, as their cards claim n^2: {', '.join(result['quadratic'])}")
     if result["peers"]:
         lines += _peers(result["peers"])
     for row in result["memory"]:
@@ -188,7 +191,7 @@ def _peers(rows: Sequence[dict[str, Any]]) -> list[str]:
             what, impl = name.split()
             theirs, mine = (units.seconds(row["seconds"][f"{what} {who}"]["median"]) for who in ("theirs", impl))
             ratio = f"{found['ratio']:.1f} (>= {found['bar']:.0f})" + ("!" if found["ratio"] < found["bar"] else " ")
-            beyond = f"{found['beyond_projections']:.1f}"
+            beyond = "-" if found["beyond_projections"] is None else f"{found['beyond_projections']:.1f}"
             lines.append(f"{row['name']:22} {row['tokens']:>7} {name:18} {theirs:>10} {mine:>10} {ratio:>16} {beyond:>18}")
     return lines
 

@@ -47,21 +47,26 @@ def growth(rows: Sequence[Mapping[str, Any]], what: str) -> Figure | None:
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """Both plots as one HTML page that needs nothing beside itself. Needs plotly."""
+    return sheet("Time over length", {what: growth(rows, what) for what in TITLES})
+
+
+def sheet(title: str, figures: Mapping[str, Figure | None]) -> str:
+    """Figures below each other as one HTML page that needs nothing beside itself. Needs plotly."""
     from plotly.offline import get_plotlyjs
 
     css = asset("report.css")
     colours = dict(re.findall(r"--([\w-]+):\s*([^;]+);", css[: css.index("@media")]))
-    found = {what: _resolved(growth(rows, what), colours) for what in TITLES}
+    found = {name: _resolved(made, colours) for name, made in figures.items() if made is not None}
     boxes = "".join(
-        f'<figure><div id="{what}" style="height:640px" role="img" aria-label="{escape(f["alt"])}"></div></figure>'
-        for what, f in found.items()
+        f'<figure><div id="{name}" style="height:640px" role="img" aria-label="{escape(f["alt"])}"></div></figure>'
+        for name, f in found.items()
     )
     draw = "".join(
-        f"Plotly.newPlot({json.dumps(what)},{json.dumps(f['data'])},{json.dumps(f['layout'])},{{responsive:true}});"
-        for what, f in found.items()
+        f"Plotly.newPlot({json.dumps(name)},{json.dumps(f['data'])},{json.dumps(f['layout'])},{{responsive:true}});"
+        for name, f in found.items()
     ).replace("</", "<\\/")
     return (
-        f'<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Time over length</title>'
+        f'<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{css}</style><script>{get_plotlyjs()}</script><main>{boxes}</main><script>{draw}</script></html>"
     )
 

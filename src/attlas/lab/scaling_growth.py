@@ -43,6 +43,12 @@ def grown(only: Sequence[str] = ()) -> tuple[Card, ...]:
     return tuple(c for c in found if not only or any(text in c.name for text in only))
 
 
+def quadratic(only: Sequence[str] = ()) -> list[str]:
+    """Names of the cards that take whole sequences and claim n^2: no bar holds them, and only the contrast is measured."""
+    found = [c for c in cards(min_level=2) if not claims_less(c) and _alone(c) and c.name != CONTRAST]
+    return [c.name for c in found if not only or any(text in c.name for text in only)]
+
+
 def bar(entry: Card) -> float | None:
     """The largest exponent that the claim allows; None for the contrast."""
     if entry.name == CONTRAST:

@@ -1,12 +1,14 @@
-"""The model that serving is measured with, and the same weights in transformers and llama.cpp."""
+"""The model that serving is measured with, the same weights in transformers, and what must be right before anything is timed."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from torch import Tensor
 
 from attlas.engine.engine import Engine
 from attlas.engine.options import EngineOptions
+from attlas.engine.request import SamplingParams
 from attlas.errors import OptionError, UnsupportedError
+from attlas.lab.serve_llama import Files
 from attlas.lab.serve_load import Asked, drive
 from attlas.models.load import load_model
 from attlas.models.presets import config_from_hf
 from attlas.models.transformer import Transformer
 from attlas.models.weights import load_hf_state_dict
+from attlas.testing.budget import error_budget
 
 PAGE = 16
 TINY: dict[str, Any] = {
@@ -34,12 +39,26 @@ TINY: dict[str, Any] = {
 
 @dataclass
 class Subject:
-    """One set of weights, twice or three times. `theirs`: a transformers model; `file`: the GGUF file that llama.cpp can read."""
+    """One set of weights, twice. `theirs`: a transformers model; `file`: the GGUF file that llama.cpp can read."""
 
     name: str
     model: Transformer
     theirs: Any
     file: Path | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed.tokens.weight.dtype
+
+    def to(self, dtype: torch.dtype) -> Subject:
+        """A copy with all parameters of both models rounded to a dtype; buffers (angles) stay as they are."""
+        mine, theirs = (rounded(copy.deepcopy(m), dtype) for m in (self.model, self.theirs))
+        return Subject(self.name, mine, theirs, self.file)
+
+    @cached_property
+    def llama(self) -> Files:
+        """The weights for llama.cpp: in 16 bits of both kinds, as either may be the faster one, or in 32."""
+        return Files(self.file, ("F32",) if self.dtype == torch.float32 else ("BF16", "F16"))
 
     @property
     def vocabulary(self) -> int:
@@ -68,13 +87,54 @@ class Subject:
         )
         return out[:, width:]
 
-    def check(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-        """The engine's greedy tokens are those of transformers; nothing is timed before."""
+    def check(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+        """The engine's greedy tokens are those of transformers; nothing is timed before. Returns prompts and answers."""
         engine = self.engine(rows=len(prompts), tokens=max(map(len, prompts)) + tokens, prefix_caching=True)
         run = drive(engine, [Asked(tuple(p), tokens) for p in prompts])
         for prompt, record in zip(prompts, run.records, strict=True):
             want = self.generate([prompt], tokens)[0].tolist()
             assert record.tokens == want, f"the engine says {record.tokens}, transformers {want}: nothing is timed"
+        return [(*prompt, *record.tokens) for prompt, record in zip(prompts, run.records, strict=True)]
+
+    def beliefs(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Of every token of the texts but the first, by the engine: its log probability, and the most likely token there."""
+        engine = self.engine(rows=len(texts), tokens=max(map(len, texts)) + 1)
+        for i, text in enumerate(texts):
+            engine.add(str(i), text, SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=1))
+        told = {o.request_id: o.prompt_logprobs for _ in iter(engine.has_work, False) for o in engine.step() if o.prompt_logprobs}
+        every = [report for i in range(len(texts)) for report in told[str(i)] or ()]
+        return torch.tensor([r.logprob for r in every]), torch.tensor([r.top[0][0] for r in every])
+
+    @torch.inference_mode()
+    def their_beliefs(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The same by transformers, one text at a time."""
+        logs, best = [], []
+        for text in texts:
+            ids = torch.tensor(text)
+            made = self.theirs(ids[None]).logits[0, :-1].float().log_softmax(-1)
+            logs.append(made.gather(-1, ids[1:, None])[:, 0])
+            best.append(made.argmax(-1))
+        return torch.cat(logs), torch.cat(best)
+
+
+def rounded(module: Any, dtype: torch.dtype) -> Any:
+    """The module, its parameters in another dtype."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+    return module
+
+
+def agreement(served: Subject, texts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How far rounding moves the engine and transformers from the same rounded weights computed in float32: the largest error of
+    a log probability, and at how many places the most likely token is the same. The engine's error may be twice theirs."""
+    logs, best = served.beliefs(texts)
+    their_logs, their_best = served.their_beliefs(texts)
+    truth, exact = served.to(torch.float32).their_beliefs(texts)
+    budget = error_budget(logs, their_logs, truth)
+    name = str(served.dtype).removeprefix("torch.")
+    assert budget.ok, f"{name}: a log probability is off by {budget.error:.3g}, that of transformers by {budget.naive:.3g}"
+    agree = int((best == exact).sum()), int((their_best == exact).sum())
+    return {"places": len(exact), "agree": agree[0], "theirs_agree": agree[1], "error": budget.error, "their_error": budget.naive}
 
 
 def subject(model: Path | None) -> Subject:
@@ -119,30 +179,3 @@ def tiny(seed: int = 0) -> Subject:
             p.add_(0.1 * torch.randn_like(p))  # large enough that rounding decides no greedy choice
     model = Transformer(config_from_hf(theirs.config))
     return Subject("tiny", load_hf_state_dict(model, theirs.state_dict(), "llama").eval(), theirs)
-
-
-class LlamaCpp:
-    """llama.cpp on the GGUF file as it is: with the file's own quantised weights, where the others compute in float32."""
-
-    def __init__(self, file: Path, tokens: int) -> None:
-        from llama_cpp import Llama
-
-        threads = torch.get_num_threads()
-        self.llama = Llama(str(file), n_ctx=tokens, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
-        """Greedy, one request at a time; nothing is kept from the one before."""
-        self.llama.reset()
-        found: list[int] = []
-        for token in self.llama.generate(list(prompt), temp=0.0, repeat_penalty=1.0, reset=True):
-            found.append(token)
-            if len(found) == tokens:
-                break
-        return found
-
-
-def llama_cpp(file: Path | None, tokens: int) -> LlamaCpp | None:
-    """llama.cpp where llama-cpp-python is installed and can read the model."""
-    if file is None or importlib.util.find_spec("llama_cpp") is None:
-        return None
-    return LlamaCpp(file, tokens)

@@ -289,6 +289,8 @@ class TransformerConfig:
     encoder_embedding  how the encoder's tokens become vectors where that differs (LED: own positions and norm); the token table
                 is shared all the same. Encoder-decoders only
     head        None: the model returns final hidden states instead of logits
+    max_positions  the longest sequence that a model whose positions have no table was made for, None = not known. The model
+                runs longer ones all the same; an engine refuses them
     """
 
     kind: Kind
@@ -300,6 +302,7 @@ class TransformerConfig:
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     head: HeadConfig | None = field(default_factory=HeadConfig)
     encoder_embedding: EmbeddingConfig | None = None
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("TransformerConfig", "kind", self.kind, ("decoder", "encoder", "encoder-decoder"))

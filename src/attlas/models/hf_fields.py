@@ -7,7 +7,7 @@ from typing import Any
 
 from attlas.errors import DataError, UnsupportedError
 from attlas.positions.rope import Rope
-from attlas.positions.scaling import DynamicNTK, Linear, Llama3, RopeScaling, Yarn
+from attlas.positions.scaling import DynamicNTK, Each, Linear, Llama3, RopeScaling, Yarn
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -99,6 +99,19 @@ def rope(
     return Rope(head_dim, base, rotary_dim=None if turned == head_dim else turned, interleaved=interleaved, scaling=scaling)
 
 
+def longest(fields: Fields, rope: Rope) -> int | None:
+    """The longest sequence that a model with this rotary code is for, None = its configuration does not say."""
+    trained = fields.get("max_position_embeddings", "n_positions")
+    scaling = rope.scaling
+    if trained is None or scaling is None:
+        return trained
+    if isinstance(scaling, Linear) and not fields.need("model_type").startswith("gemma3"):  # there the field counts it already
+        return int(trained * scaling.factor)
+    if isinstance(scaling, Yarn):
+        return max(trained, int(scaling.original_max_position * scaling.factor))
+    return max(trained, scaling.seq_len) if isinstance(scaling, DynamicNTK) else trained
+
+
 def _rope_parameters(fields: Fields, layer_type: str) -> dict[str, Any]:
     params = fields.get("rope_parameters")
     if params is not None:
@@ -117,6 +130,8 @@ def _scaling(kind: str, params: dict[str, Any], fields: Fields) -> RopeScaling:
 
     if kind == "linear":
         return Linear(params["factor"])
+    if kind == "each":  # from GGUF files; transformers has no such type
+        return Each(params["factors"])
     if kind == "dynamic":
         trained = fields.need("max_position_embeddings")
         return DynamicNTK(params["factor"], trained, fields.max_len or trained)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from attlas.errors import UnsupportedError
@@ -25,8 +25,9 @@ from attlas.models.config import (
     StackConfig,
     TransformerConfig,
 )
-from attlas.models.hf_fields import Fields, activation, rope
+from attlas.models.hf_fields import Fields, activation, longest, rope
 from attlas.models.weight_maps import Weight
+from attlas.positions.rope import Rope
 from attlas.registry import suggest
 from attlas.scores import Softcap
 
@@ -66,7 +67,10 @@ def config_from_hf(config: Mapping[str, Any] | HasToDict, *, max_len: int | None
     `max_len` is the longest sequence that will be run; only dynamic NTK rotary scaling depends on it (None = the trained length).
     """
     fields = Fields(config if isinstance(config, Mapping) else config.to_dict(), max_len)
-    return preset(fields.need("model_type")).config(fields)
+    made = preset(fields.need("model_type")).config(fields)
+    turned = [m.given["rope"] for m in made.main.mixers if isinstance(m.given.get("rope"), Rope)]
+    limits = [n for n in (longest(fields, rope) for rope in turned) if n is not None]
+    return replace(made, max_positions=max(limits, default=None))
 
 
 # ---- decoders ---------------------------------------------------------------------------------------------------------------
@@ -315,7 +319,8 @@ PRESETS: dict[str, Preset] = {
         Preset("longformer", long_documents.longformer, long_documents.longformer_weights, "longformer.", _BERT_EXTRAS),
         Preset("big_bird", long_documents.big_bird, maps.bert, "bert.", _BERT_EXTRAS),
         Preset("led", long_documents.led, long_documents.led_weights, "led."),
-        Preset("deepseek_v2", deepseek.config, deepseek.weights, "model.", _CAUSAL_BUFFERS),
+        Preset("deepseek_v2", deepseek.v2, deepseek.weights, "model.", _CAUSAL_BUFFERS),
+        Preset("deepseek_v3", deepseek.v3, deepseek.weights, "model.", (*_CAUSAL_BUFFERS, "model.layers.61.*")),
         Preset("t5", _t5, maps.t5, "", ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)),
     )
 }

@@ -58,6 +58,8 @@ def from_pretrained(
     """
     folder = Path(folder)
     raw = _read_json(folder / "config.json")
+    if raw.get("quantization_config"):
+        raise UnsupportedError(f"{folder}: config.json has a quantization_config; give a folder of plain weights")
     config = config_from_hf(raw, max_len=max_len)
     names = raw.get("architectures") or []
     if head is False or (head is None and any(n.endswith("Model") and "Head" not in n for n in names)):
@@ -129,6 +131,8 @@ class Loader:
                     )
                 continue
             slot.copy_(part)
+            if slot.numel() and not all(end.isfinite() for end in slot.aminmax()):
+                raise DataError(f"{rule.source} holds NaN or infinity in {str(slot.dtype).removeprefix('torch.')}")
             self.filled.add(target)
 
     def finish(self) -> None:
@@ -167,10 +171,10 @@ class _NoRandomNumbers(TorchFunctionMode):
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{path} does not exist; give a folder that holds config.json and safetensors files") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON in UTF-8: {error}") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} must hold a JSON object")
     return found
@@ -179,7 +183,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+            raise DataError(f"{index} must say in weight_map which file holds each tensor")
+        names = sorted(set(weight_map.values()))
         if any(Path(n).name != n for n in names):
             raise DataError(f"{index} names files outside its folder: {names}")
     else:

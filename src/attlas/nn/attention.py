@@ -18,6 +18,7 @@ from attlas.masks.geometry import Grid
 from attlas.masks.options import shorten
 from attlas.nn.irregular import AtPositions
 from attlas.nn.mixer import Mixer
+from attlas.nn.projection import project
 from attlas.nn.reach import is_causal, is_shift_invariant, reach
 from attlas.ops.attention import attention
 from attlas.ops.cached import attention_cached
@@ -144,12 +145,14 @@ class Attention(Mixer):
 
     def _queries(self, x: Tensor) -> Tensor:
         """q [..., T, H, D], not yet rotated."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        q = project(x, self.q_proj, self.impl).unflatten(-1, (self.num_heads, self.head_dim))
         return q if self.q_norm is None else self.q_norm(q)
 
     def _keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [..., S, Hkv, D]; k not yet rotated."""
-        k, v = (p(source).unflatten(-1, (self.num_kv_heads, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        k, v = (
+            project(source, p, self.impl).unflatten(-1, (self.num_kv_heads, self.head_dim)) for p in (self.k_proj, self.v_proj)
+        )
         return k if self.k_norm is None else self.k_norm(k), v
 
     def _angles(self, positions: Tensor, like: Tensor) -> Angles:

@@ -134,25 +134,25 @@ class MemoryCompressedAttention(RowMixer):
         q, k, v = self._project(x)
         tail, entries = cache.parts
         assert isinstance(entries, GroupedPart), entries
-        split = zip(seq.rows, k.split(seq.lengths), v.split(seq.lengths), strict=True)
-        groups = [self._groups(tail, row, *new) for row, *new in split]
+        tail.write((k, v), seq)
+        groups = [self._groups(tail, *span) for span in zip(seq.rows, seq.first, seq.lengths, strict=True)]
         whole = (torch.cat(parts)[None].to(x.dtype) for parts in zip(*groups, strict=True))
         short = tuple(self._compress(s, conv)[0] for s, conv in zip(whole, (self.k_conv, self.v_conv), strict=True))
-        tail.write((k, v), seq)
         entries.write(short, seq)
         where = SeqInfo(seq.lengths, starts=seq.first, ids=seq.rows)
         out, aux = attention_cached(q, entries.entries, seq=where, mask=self.mask, impl=self.impl, return_aux=_LSE)
         assert aux.lse is not None
         return self.o_proj(self._with_first(q, out, aux.lse, tail, seq).flatten(-2))
 
-    def _groups(self, tail: Part, row: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the groups that the new tokens of a row complete."""
-        pending = tail.lengths[row] % self.factor
-        held = tail.read(row)
-        last = held.axis.positions(k.device).argsort()[len(held.axis) - pending :]
-        whole = (pending + len(k)) // self.factor * self.factor
-        old_k, old_v = (t[last].to(k.dtype) for t in held.tensors)
-        return torch.cat([old_k, k])[:whole], torch.cat([old_v, v])[:whole]
+    def _groups(self, tail: Part, row: int, first: int, count: int) -> tuple[Tensor, ...]:
+        """Keys and values of the groups that `count` new tokens of a row complete; all as the cache holds them, so that an entry
+        does not depend on which of its tokens came in which step."""
+        begin, end = first - first % self.factor, (first + count) // self.factor * self.factor
+        held = tail.read(row, (begin, end - 1))
+        at = held.axis.positions(held.tensors[0].device)
+        order = at.argsort()
+        order = order[(at[order] >= begin) & (at[order] < end)]
+        return tuple(t[order] for t in held.tensors)
 
     def _with_first(self, q: Tensor, out: Tensor, lse: Tensor, tail: Part, seq: SeqInfo) -> Tensor:
         if self.start == "none":

@@ -13,6 +13,7 @@ from attlas.nn.recurrent import RecurrentMixer, Rows, States, scan_flops
 from attlas.reference import multiscale as truth
 from attlas.shapes import SeqInfo
 
+BLOCK = 32  # tokens whose values are weighted by one matrix
 FAR = -1e30  # a key that no softmax sees; finite, so that rows of nothing but padding have finite gradients
 
 
@@ -98,14 +99,17 @@ class LambdaLayer(RecurrentMixer):
         return y.flatten(2).to(x.dtype), states
 
     def _by_position(self, q: Tensor, v: Tensor, tail: Tensor) -> Tensor:
-        """The position lambdas, a convolution of v [N, T, U V] along the tokens, applied to q [N, T, H, K]."""
+        """The position lambdas, a convolution of v [N, T, U V] along the tokens, applied to q [N, T, H, K]: K V numbers of
+        lambdas per token, or, where those are fewer, H U scope weights of the values around it."""
         n, t = v.shape[:2]
         before = tail.to(v.dtype) if self.causal else v.new_zeros(n, self.scope // 2, v.shape[2])
         after = v.new_zeros(n, 0 if self.causal else self.scope // 2, v.shape[2])
         padded = torch.cat([before, v, after], 1).unflatten(-1, (self.dim_u, self.dim_v))
+        if self.num_heads * self.dim_u * self.scope <= self.dim_k * self.dim_v:
+            return banded(torch.einsum("nthk,jku->nuhtj", q, self.E.to(v.dtype)), padded)
         rows = padded.permute(0, 3, 2, 1).flatten(0, 1)  # [N V, U, T + scope - 1]
         lambdas = F.conv1d(rows, self.E.to(v.dtype).permute(1, 2, 0)).view(n, self.dim_v, self.dim_k, t)
-        return torch.einsum("nthk,nvkt->nthv", q, lambdas)
+        return q @ lambdas.permute(0, 3, 2, 1).contiguous()
 
     def _running(self, q: Tensor, k: Tensor, v: Tensor, states: States, rows: Rows) -> tuple[Tensor, States]:
         held, log_norm, seen, tail = states
@@ -140,6 +144,20 @@ class LambdaLayer(RecurrentMixer):
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, num_heads={self.num_heads}, dim_k={self.dim_k}, dim_u={self.dim_u}, scope={self.scope}"
         return f"{shown}, causal={self.causal}, norm={self.q_norm is not None}, impl={self.impl}"
+
+
+def banded(weights: Tensor, values: Tensor) -> Tensor:
+    """out[n, t, h] = sum_u sum_j weights[n, u, h, t, j] values[n, t + j, u]: weights [N, U, H, T, J], values [N, T + J - 1, U, V]
+    -> [N, T, H, V]. Blocks of tokens are one product each, of a matrix whose rows are the weights, each one place further."""
+    h, t, j = weights.shape[2:]
+    block = min(BLOCK, t)
+    count, width = -(-t // block), block + j - 1
+    fill = count * block - t
+    rows = F.pad(weights, (0, block, 0, fill)).unflatten(3, (count, block)).permute(0, 3, 1, 2, 4, 5)
+    band = rows.flatten(-2)[..., : block * width].unflatten(-1, (block, width))  # row i from place i on: rows were width + 1 long
+    near = F.pad(values, (0, 0, 0, 0, 0, fill)).unfold(1, width, block).permute(0, 1, 2, 4, 3)  # [N, count, U, width, V]
+    out = (band.flatten(3, 4) @ near).sum(2)
+    return out.unflatten(2, (h, block)).transpose(2, 3).flatten(1, 2)[:, :t]
 
 
 def _normalised(x: Tensor, norm: nn.BatchNorm1d, valid: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -132,12 +133,11 @@ class Performer(LinearTransformer):
             # exp(+|x|^2 / 2) of a query cancels in the division
             size = torch.ones_like(half_norm) if query else half_norm.clamp(max=LARGEST_FEATURE).exp()
             return size * self.num_features**-0.5 * torch.cat([angle.cos(), angle.sin()], -1)
-        power = angle - half_norm
-        if query:
-            power = power - power.amax(-1, keepdim=True).detach()
+        if query:  # exp(-|x|^2 / 2) cancels too
+            shift = angle.detach().amax(-1, keepdim=True)
         else:
-            power = power - (w.square().sum(-1).amax() / 2 - LARGEST_FEATURE).clamp(min=0)
-        return power.exp() * self.num_features**-0.5
+            shift = half_norm + (w.square().sum(-1).amax() / 2 - LARGEST_FEATURE).clamp(min=0)
+        return (angle - (shift + math.log(self.num_features) / 2)).exp()
 
 
 def orthogonal_gaussian(rows: int, width: int, seed: int) -> Tensor:

@@ -126,8 +126,8 @@ class LongformerAttention(Attention):
         return self._rotate(k, angles), v
 
     def _local(self, x: Tensor, angles: Angles, read: SideRead) -> Tensor:
-        k, v = self._keys_values(x)
-        return read(0, self._rotate(self._queries(x), angles), self._rotate(k, angles), v, self.local_mask)
+        q, (k, v) = self._queries(x), self._keys_values(x)
+        return read(0, self._rotate(q, angles), self._rotate(k, angles), v, self.local_mask)
 
     def _dense(self, x: Tensor, positions: Tensor, read: SideRead) -> Tensor:
         """Rows from position 0 on: the global tokens alone are the queries of the second read."""
@@ -140,14 +140,15 @@ class LongformerAttention(Attention):
         last = found[-1] + 1 if self.causal else end
         q = self.q_global_proj(x.index_select(1, rows)).unflatten(-1, (self.num_heads, self.head_dim))
         if self.rope is None and len(found) * self.num_heads < self.num_kv_heads * self.head_dim:
-            whole = self._absorbed(q, x[:, :last], tuple(found))
+            whole = self._absorbed(q, x if last == end else x[:, :last], tuple(found))
         else:
             at = None if angles is None else (angles[0][rows], angles[1][rows])
             until = None if angles is None else (angles[0][:last], angles[1][:last])
             mask = _seen(tuple(found), 1, x.device) if self.causal else None
             keys, values = self._global_keys(x[:, :last], until)
             whole = self.attend(self._rotate(q, at), keys, values, mask=mask, scale=self.scale, impl=self.impl)
-        return self.o_proj(out.index_copy(1, rows, whole).flatten(-2))
+        out = out.index_copy(1, rows, whole) if out.requires_grad or whole.requires_grad else out.index_copy_(1, rows, whole)
+        return self.o_proj(out.flatten(-2))
 
     def _absorbed(self, q: Tensor, x: Tensor, tokens: tuple[int, ...]) -> Tensor:
         """What queries q [B, G, H, D] read of x [B, T, dim] without making global keys and values: W_k goes to the queries and
@@ -161,7 +162,11 @@ class LongformerAttention(Attention):
         wide = wide.reshape(rows, count * self.num_heads, 1, self.dim)
         mask = _seen(tokens, self.num_heads, x.device) if self.causal else None
         source, scale = x.unsqueeze(2), self.head_dim**-0.5 if self.scale is None else self.scale
-        mean = self.attend(wide, source, source, mask=mask, scale=scale, impl=self.impl)
+        if mask is None and wide.requires_grad and self.impl == "auto" and x.dtype in (torch.float32, torch.float64):
+            scores = scale * wide.flatten(1, 2) @ x.mT  # a few rows: plain products have the cheaper backward pass
+            mean = scores.softmax(-1) @ x
+        else:
+            mean = self.attend(wide, source, source, mask=mask, scale=scale, impl=self.impl)
         mean = mean.view(rows, count, self.num_kv_heads, group, self.dim)
         out = torch.einsum("bghqc,hdc->bghqd", mean, up_v).flatten(2, 3)
         bias = self.v_global_proj.bias

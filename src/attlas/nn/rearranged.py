@@ -10,15 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attlas.masks import Causal, Dilated, Fixed, Local, Prefix, Window
+from attlas.masks import Causal, Dilated, Fixed, Local, Mask, Prefix, Window
 from attlas.nn.attention import Attention
 from attlas.ops.merge import merge
 from attlas.shapes import AuxRequest
 
 _LSE = AuxRequest(lse=True)
+
+
+# Inside torch.compile a mask is a constant of the graph, which has to be made outside of what is traced.
+
+
+@torch.compiler.assume_constant_result
+def _last(count: int) -> Mask:
+    return Causal() & Window.last(count)
+
+
+@torch.compiler.assume_constant_result
+def _earlier() -> Mask:
+    return Causal() & ~Window.last(1)
 
 
 def to_classes(x: Tensor, period: int) -> Tensor:
@@ -47,7 +61,7 @@ class DilatedAttention(Attention):
         if self.pattern is None or self.pattern.left is None or not q.numel():
             return None
         r, left = self.pattern.dilation, self.pattern.left
-        out = self.attend(*(to_classes(t, r) for t in (q, k, v)), mask=Causal() & Window(left, 0), **options)
+        out = self.attend(*(to_classes(t, r) for t in (q, k, v)), mask=_last(left + 1), **options)
         return from_classes(out, r, q.shape[1])
 
 
@@ -62,9 +76,9 @@ class StridedAttention(Attention):
     def _rearranged(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor | None:
         if not self.stride or not q.numel():
             return None
-        near, near_aux = self.attend(q, k, v, mask=Causal() & Window.last(self.stride), return_aux=_LSE, **options)
+        near, near_aux = self.attend(q, k, v, mask=_last(self.stride), return_aux=_LSE, **options)
         classes = (to_classes(t, self.stride) for t in (q, k, v))
-        far, far_aux = self.attend(*classes, mask=Causal() & ~Window.last(1), return_aux=_LSE, **options)
+        far, far_aux = self.attend(*classes, mask=_earlier(), return_aux=_LSE, **options)
         far, far_lse = (from_classes(t, self.stride, q.shape[1]) for t in (far, far_aux.lse))
         return merge([(near, near_aux.lse), (far, far_lse)])[0]
 

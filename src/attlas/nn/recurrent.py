@@ -18,6 +18,7 @@ from attlas.ops.scan import pad_packed, scan, unpad_packed
 from attlas.shapes import AuxRequest, SeqInfo
 
 States = tuple[Tensor, ...]
+SEGMENT, LEAST = 1 << 16, 256  # numbers of x, and least tokens, of a segment: what is computed from it stays in cache
 
 
 class Rows:
@@ -36,9 +37,15 @@ class Rows:
             return x
         return x.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (x.dim() - 2)), 0)
 
+    def part(self, first: int, width: int, device: torch.device) -> Rows:
+        """Tokens first ... first + width - 1 of every row."""
+        return Rows(None if self.lengths is None else [min(max(n - first, 0), width) for n in self.lengths], width, device)
+
     def last(self, x: Tensor, tail: Tensor) -> Tensor:
         """The last tail.shape[1] valid tokens of each row of [tail ; x], for the next call."""
         count = tail.shape[1]
+        if self.lengths is None and x.shape[1] >= count:
+            return x[:, x.shape[1] - count :]
         joined = torch.cat([tail.to(x.dtype), x], 1)
         if self.lengths is None:
             return joined[:, joined.shape[1] - count :]
@@ -99,17 +106,32 @@ class RecurrentMixer(Mixer):
         if x.numel() == 0:
             return x
         if seq is None:
-            return self.run(x, self._empty(x), Rows(None, x.shape[1], x.device), positions)[0]
+            return self._segments(x, self._empty(x), Rows(None, x.shape[1], x.device), positions)[0]
         padded = pad_packed(x, seq.lengths)
         rows = Rows(seq.lengths, padded.shape[1], x.device)
         where = pad_packed(positions, seq.lengths)
         if cache is None:
-            return unpad_packed(self.run(padded, self._empty(padded), rows, where)[0], seq.lengths)
+            return unpad_packed(self._segments(padded, self._empty(padded), rows, where)[0], seq.lengths)
         part = cache.parts[0]
         assert isinstance(part, StatePart), part
-        y, states = self.run(padded, part.states(seq.rows), rows, where)
+        y, states = self._segments(padded, part.states(seq.rows), rows, where)
         part.put(states, seq)
         return unpad_packed(y, seq.lengths)
+
+    def _segments(self, x: Tensor, states: States, rows: Rows, positions: Tensor) -> tuple[Tensor, States]:
+        """`run`, for long sequences on the CPU segment after segment: intermediate results of a whole long sequence pass through
+        main memory again and again, and the system hands out fresh pages for each of them."""
+        tokens = max(LEAST, SEGMENT // (x.shape[0] * self.dim) // LEAST * LEAST)
+        whole = x.shape[1] <= tokens or x.device.type != "cpu" or not self.causal or self.impl == "reference"
+        if whole or torch.compiler.is_compiling():
+            return self.run(x, states, rows, positions)
+        outs = []
+        for i, piece in enumerate(x.split(tokens, 1)):
+            width, first = piece.shape[1], i * tokens
+            here = positions[..., first : first + width]
+            y, states = self.run(piece, states, rows.part(first, width, x.device), here)
+            outs.append(y)
+        return torch.cat(outs, 1), states
 
     def _empty(self, x: Tensor) -> States:
         dtype = self._state_dtype()

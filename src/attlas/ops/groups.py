@@ -58,9 +58,9 @@ def attend_groups(
 
 
 def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Partial softmax results out [..., D], lse [...] that belong to `rows` [...] of [count, D], each of them any number of times,
-    joined by their log-sum-exp -> (out [count, D], lse [count]). A part with lse -inf is not read; a row without parts gives 0
-    and -inf. Differentiable in out and lse."""
+    """Partial softmax results out [..., D], lse [...], which belong to `rows` [...], joined by their log-sum-exp: out [count, D],
+    lse [count]. A row may have any number of parts; one without gives 0 and -inf. A part with lse -inf is not read.
+    Differentiable in out and lse."""
     out, lse, rows = out.flatten(0, -2), lse.flatten(), rows.flatten()
     top = torch.full((count,), -math.inf, dtype=lse.dtype, device=lse.device)
     top = top.scatter_reduce(0, rows, lse.detach(), "amax").clamp(min=torch.finfo(lse.dtype).min)

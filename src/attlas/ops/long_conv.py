@@ -67,5 +67,5 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: T
     length = x.shape[1]
     out = padded[:, :length] * weight[:, 0]
     for i in range(1, width):
-        out = out + padded[:, i : i + length] * weight[:, i]
+        out = torch.addcmul(out, padded[:, i : i + length], weight[:, i])
     return out if bias is None else out + bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from attlas.errors import OptionError, ShapeError
 from attlas.ops.attention import attention
-from attlas.ops.groups import attend_groups, take, token_rows
+from attlas.ops.groups import attend_groups, take
 from attlas.ops.merge import merge
 from attlas.scores import RelativeBias
 from attlas.shapes import AuxRequest, describe
@@ -19,7 +20,9 @@ Causal = Literal[False, True, "content-leaks"]
 Rule = Literal["paper", "trax"]
 Own = Literal["last", "always"]
 _STEP = 64  # queries of one piece of a read from a cache
-_PAIRS = 1 << 21  # pairs of tokens that are looked at together: their scores stay in cache, and memory is used again
+_PAIRS = 1 << 21  # pairs of tokens whose rows are looked at together: their masks stay in cache, and memory is used again
+_PIECE = 1 << 20  # pairs of tokens of one call, where they need no mask of their own
+_HASHED = 1 << 20  # numbers of which the largest ones are sought at once
 
 
 def make_rotations(heads: int, head_dim: int, rounds: int, buckets: Sequence[int], seed: int) -> Tensor:
@@ -36,7 +39,13 @@ def lsh_hash(x: Tensor, rotations: Tensor, buckets: Sequence[int]) -> Tensor:
     sum(buckets) / 2 directions. No gradient. Cost: T H D R sum(buckets) flops. Andoni et al. 2015, arXiv:1509.02897.
     """
     wide = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    turned = torch.einsum("bthd,hdrn->bthrn", wide, rotations.to(wide.dtype))
+    tokens = max(1, _HASHED // max(1, x.shape[0] * rotations[:, 0].numel()))
+    pieces = [_hash(piece, rotations.to(wide.dtype), buckets) for piece in wide.split(tokens, 1)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _hash(x: Tensor, rotations: Tensor, buckets: Sequence[int]) -> Tensor:
+    turned = torch.einsum("bthd,hdrn->bthrn", x, rotations)
     code, place = torch.zeros(turned.shape[:-1], dtype=torch.int64, device=x.device), 1
     for part, size in zip(turned.split([b // 2 for b in buckets], dim=-1), buckets, strict=True):
         (top, at), (low, at_low) = part.max(-1), part.min(-1)  # the largest of [part, -part], without writing it out
@@ -93,32 +102,53 @@ def lsh_attention(
     if rule == "trax" and t <= chunk:
         codes = torch.zeros_like(codes[:, :1])
     size = min(chunk, t)
-    pairs = codes.shape[1] * t * size * (1 + before + after)
+    # each head on its own: the gradient of a part that was picked from all heads would be as large as all of them
+    heads = [[one for row in x.unbind(0) for one in row.unbind(1)] for x in (q, k, v)]
+    step = max(1, _PAIRS // (codes.shape[1] * t * size * (1 + before + after)))
+    outs: list[Tensor] = []
+    for first in range(0, len(codes), step):
+        layout = _Rounds(codes[first : first + step], size, before, after, rule)
+        allowed = None if layout.regular(causal) else layout.allowed(causal, before * chunk, own)
+        rows = [torch.stack(x[first : first + step]) for x in heads]
+        outs += _attend(layout, rows, allowed, scale, impl).unbind(0)
+    return torch.stack(outs, 1).view(t, b, h, -1).transpose(0, 1)
+
+
+def _attend(layout: _Rounds, rows: list[Tensor], allowed: Tensor | None, scale: float | None, impl: str) -> Tensor:
+    """q, k, v [G, T, D] of the rows of `layout` -> [G, T, D]. allowed [G, R, chunks, size, keys]; None: what `regular` says."""
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    slots: list[Tensor] = []
-    for first in range(0, len(codes), max(1, _PAIRS // pairs)):
-        layout = _Rounds(codes[first : first + max(1, _PAIRS // pairs)], size, before, after, rule)
-        allowed = layout.trax(causal) if rule == "trax" else layout.paper(causal, before * chunk, own)
-        queries, keys = (token_rows(tokens, t, h, first=first).flatten(0, 2) for tokens in (layout.tokens, layout.keys))
-        out, lse = attend_groups(take(q, queries), take(k, keys), take(v, keys), allowed=allowed, scale=scale, impl=impl)
-        slots.append(layout.slots + sum(x.numel() for x in lses))
-        outs.append(out)
-        lses.append(lse)
-    index = torch.cat(slots).view(b, h, -1, t).permute(2, 0, 3, 1)  # [R, B, T, H]
-    rounds = take(torch.cat(outs), index)
-    if len(rounds) == 1:
-        return rounds[0]
-    lse = torch.cat(lses).flatten().index_select(0, index.flatten()).view(index.shape)
-    return merge(list(zip(rounds, lse, strict=True)))[0]
+    spans = [_Span(0, layout.codes.shape[1], 0, layout.chunks)] if allowed is not None else layout.spans()
+    for span in spans:
+        seen = layout.seen(span) if allowed is None else allowed.flatten(0, 2)
+        (queries, keys), n = layout.picked(span), span.hi - span.lo
+        near = [layout.windows(take(x, keys), n).flatten(0, 2) for x in rows[1:]]
+        out, lse = attend_groups(take(rows[0], queries).flatten(0, 2), *near, allowed=seen, scale=scale, impl=impl)
+        outs.append(out.flatten(0, 1))
+        lses.append(lse.flatten())
+    index = layout.slots(spans).transpose(0, 1)  # [R, G, T]
+    rounds, lse = take(torch.cat(outs), index), take(torch.cat(lses)[:, None], index)[..., 0]
+    return rounds[0] if len(rounds) == 1 else merge(list(zip(rounds, lse, strict=True)))[0]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Chunks lo ... hi - 1 of the rounds first ... last - 1. plain: all keys but the query's own token are allowed."""
+
+    first: int
+    last: int
+    lo: int
+    hi: int
+    plain: bool = False
 
 
 class _Rounds:
-    """The sorted lists of all rounds. codes int64 [G, R, T]: the buckets of G = B * H rows of tokens."""
+    """The sorted lists of all rounds. codes int64 [G, R, T]: the buckets of G rows of tokens."""
 
     def __init__(self, codes: Tensor, size: int, before: int, after: int, rule: Rule) -> None:
         g, r, t = codes.shape
         self.size, self.chunks = size, -(-t // size)
+        self.rule = rule
         alone = rule == "trax" and self.chunks == 1 and r == 1
         self.before, self.after, self.ring = (0, 0, False) if alone else (before, after, rule == "trax")
         self.codes = codes
@@ -127,34 +157,88 @@ class _Rounds:
         self.rank = torch.empty_like(codes).scatter_(-1, self.order, at)
         padded = torch.nn.functional.pad(self.order, (0, self.chunks * size - t), value=-1)
         self.tokens = padded.view(g, r, self.chunks, size)  # of each chunk; -1: nothing
-        self.keys = self.around(self.tokens)
+        self.wide = self.extended(self.tokens)
+
+    def extended(self, x: Tensor) -> Tensor:
+        """[G, R, chunks, size, ...] -> [G, R, before + chunks + after, size, ...]: beyond the ends of a round there is -1; on the
+        ring, the neighbouring round."""
+        if not self.ring:
+            ends = [x.new_full((*x.shape[:2], n, *x.shape[3:]), -1) for n in (self.before, self.after)]
+            return torch.cat([ends[0], x, ends[1]], dim=2)
+        r = x.shape[1]
+        index = torch.arange(-self.before, self.chunks + self.after, device=x.device)
+        index = (index + torch.arange(0, r * self.chunks, self.chunks, device=x.device)[:, None]) % (r * self.chunks)
+        return x.flatten(1, 2)[:, index]
+
+    def windows(self, wide: Tensor, count: int) -> Tensor:
+        """[G, R, before + count + after, size, ...] -> [G, R, count, (1 + before + after) * size, ...]: each chunk with its
+        neighbours."""
+        return torch.cat([wide[:, :, o : o + count] for o in range(self.before + self.after + 1)], dim=3)
 
     def around(self, x: Tensor) -> Tensor:
-        """[G, R, chunks, size, ...] -> [G, R, chunks, (1 + before + after) * size, ...]: each chunk with its neighbours. Beyond
-        the ends of a round there is -1; on the ring, the neighbouring round."""
-        if not self.before + self.after:
-            return x
-        if self.ring:
-            flat = x.flatten(1, 2)
-            shifted = [flat.roll(-o, dims=1) for o in range(-self.before, self.after + 1)]
-            return torch.cat(shifted, dim=2).unflatten(1, x.shape[1:3])
-        ends = [x.new_full((*x.shape[:2], n, *x.shape[3:]), -1) for n in (self.before, self.after)]
-        wide = torch.cat([ends[0], x, ends[1]], dim=2)
-        return torch.cat([wide[:, :, o : o + self.chunks] for o in range(self.before + self.after + 1)], dim=3)
+        return self.windows(self.extended(x), self.chunks)
 
-    @property
-    def slots(self) -> Tensor:
-        """Where in the flattened chunks the results of each token are: [G, R, T]."""
+    def picked(self, span: _Span) -> tuple[Tensor, Tensor]:
+        """The queries of a span and the keys around them, as rows of [G * T, ...]; where there is no token, one of the row's."""
+        g, _, t = self.codes.shape
+        here, hi = slice(span.first, span.last), span.hi + self.before + self.after
+        row = torch.arange(g, device=self.codes.device).view(g, 1, 1, 1) * t
+        return self.tokens[:, here, span.lo : span.hi].clamp(min=0) + row, self.wide[:, here, span.lo : hi].clamp(min=0) + row
+
+    def slots(self, spans: Sequence[_Span]) -> Tensor:
+        """Where in the results of all spans, one after the other, those of each token are: [G, R, T]."""
         g, r, _ = self.rank.shape
-        return self.rank + torch.arange(g * r, device=self.rank.device).view(g, r, 1) * self.chunks * self.size
+        base, per_row = self.rank.new_empty(2, r, self.chunks).unbind(0)
+        start = 0
+        for span in spans:
+            rounds, n = span.last - span.first, span.hi - span.lo
+            here = torch.arange(rounds * n, device=base.device).view(rounds, n)
+            base[span.first : span.last, span.lo : span.hi] = start + here * self.size
+            per_row[span.first : span.last, span.lo : span.hi] = rounds * n * self.size
+            start += g * rounds * n * self.size
+        chunk = torch.div(self.rank, self.size, rounding_mode="floor")
+        base, per_row = (x.expand(g, -1, -1).gather(-1, chunk) for x in (base, per_row))
+        return base + torch.arange(g, device=base.device).view(g, 1, 1) * per_row + self.rank % self.size
+
+    def regular(self, causal: Causal) -> bool:
+        """Whether the rule is "all other tokens of the chunks", no token is without any, and most chunks have no special key."""
+        few = self.chunks <= 2 * (self.before + self.after + 1)
+        filled = self.codes.shape[-1] % self.size == 0 or self.before
+        return self.rule == "trax" and not causal and bool(filled) and self.size > 1 and not few
+
+    def spans(self) -> list[_Span]:
+        """What `regular` rounds fall into: the inner chunks, in pieces that stay in cache, and the ends, which see padding or, on
+        the ring, perhaps a token twice."""
+        g, r, t = self.codes.shape
+        lo, hi = self.before, self.chunks - self.after - bool(t % self.size)
+        count = max(1, _PIECE // (g * self.size**2 * (1 + self.before + self.after)))
+        if count >= r * (hi - lo):
+            inner = [_Span(0, r, lo, hi, plain=True)]
+        else:
+            starts = [(i, at) for i in range(r) for at in range(lo, hi, count)]
+            inner = [_Span(i, i + 1, at, min(at + count, hi), plain=True) for i, at in starts]
+        return [*inner, *(_Span(0, r, *ends) for ends in ((0, lo), (hi, self.chunks)) if ends[0] < ends[1])]
+
+    def seen(self, span: _Span) -> Tensor:
+        """bool [1 | G * R * chunks, size, keys] of a span of `regular` rounds."""
+        if span.plain:
+            keys = torch.arange(-self.before * self.size, (1 + self.after) * self.size, device=self.codes.device)
+            return (keys != torch.arange(self.size, device=keys.device)[:, None])[None]
+        here, hi = slice(span.first, span.last), span.hi + self.before + self.after
+        keys = self.windows(self.wide[:, here, span.lo : hi], span.hi - span.lo)[..., None, :]
+        return ((keys != self.tokens[:, here, span.lo : span.hi, :, None]) & (keys >= 0)).flatten(0, 2)
+
+    def allowed(self, causal: Causal, window: int, own: Own) -> Tensor:
+        """bool [G, R, chunks, size, keys]."""
+        return self.trax(causal) if self.rule == "trax" else self.paper(causal, window, own)
 
     def trax(self, causal: Causal) -> Tensor:
-        """bool [G * R * chunks, size, keys]: every other token of the chunks."""
-        q, k = self.tokens.int()[..., None], self.keys.int()[..., None, :]
+        """bool [G, R, chunks, size, keys]: every other token of the chunks."""
+        q, k = self.tokens.int()[..., None], self.around(self.tokens).int()[..., None, :]
         allowed = (k < q if causal else k != q) & (k >= 0)
         alone = ~allowed.any(-1).flatten(2).gather(-1, self.rank)
         self._admit(allowed, alone.all(1))
-        return allowed.flatten(0, 2)
+        return allowed
 
     def _admit(self, allowed: Tensor, alone: Tensor) -> None:
         """Tokens that see no other in any round, bool [G, T], see themselves in the first one of `allowed` [G, R, chunks, size,
@@ -164,7 +248,7 @@ class _Rounds:
         own |= alone.gather(-1, here.clamp(min=0).flatten(1)).view_as(here) & (here >= 0)
 
     def paper(self, causal: Causal, window: int, own: Own) -> Tensor:
-        """bool [G * R * chunks, size, keys]: tokens of the query's bucket inside its window, unless an earlier round has them.
+        """bool [G, R, chunks, size, keys]: tokens of the query's bucket inside its window, unless an earlier round has them.
 
         What a query may see in a round is a range of the sorted list: its bucket, cut to the window.
         """
@@ -179,6 +263,7 @@ class _Rounds:
             lo = torch.maximum(lo, (own_chunk - self.before) * self.size)
             hi = at if causal else torch.minimum(hi, (own_chunk + self.after + 1) * self.size)
         place = torch.stack([at, lo, hi]).int().gather(-1, self.rank.expand(3, *codes.shape))  # by token, no longer by rank
+        keys = self.windows(self.wide, self.chunks)
         rounds = []
         for r in range(self.codes.shape[1]):
             here = slice(r, r + 1)
@@ -186,11 +271,11 @@ class _Rounds:
             for other in range(r):
                 fresh &= ~self._found(place[:, :, other], here)
             if not causal:
-                fresh &= self.tokens[:, here].int()[..., None] != self.keys[:, here].int()[..., None, :]
+                fresh &= self.tokens[:, here].int()[..., None] != keys[:, here].int()[..., None, :]
             if not r:
                 self._admit(fresh, (place[2] - place[1] <= (not causal)).all(1))
             rounds.append(fresh)
-        return torch.cat(rounds, dim=1).flatten(0, 2)
+        return torch.cat(rounds, dim=1)
 
     def _found(self, place: Tensor, rounds: slice) -> Tensor:
         """Which pairs of the chunks of `rounds` one round sees; place [3, G, T]: rank, first and end of the range there."""

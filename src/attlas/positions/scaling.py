@@ -199,6 +199,22 @@ class Llama3(RopeScaling):
         return torch.where(long, plain / self.factor, torch.where(short, plain, between))
 
 
+@dataclass(frozen=True)
+class Each(RopeScaling):
+    """f_i / factors_i: a number for each frequency, as GGUF files write down the rule of Llama 3.1."""
+
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            _positive(repr(self), factor=factor)
+
+    def frequencies(self, base: float, dim: int) -> Tensor:
+        if len(self.factors) != dim // 2:
+            raise OptionError(f"{self!r}: {len(self.factors)} factors for {dim // 2} frequencies")
+        return plain_frequencies(base, dim) / torch.tensor(self.factors, dtype=torch.float32, device="cpu")
+
+
 def _ntk_exponent(scaling: RopeScaling, dim: int) -> float:
     if dim <= 2:
         raise OptionError(f"{scaling!r} needs at least 4 rotated channels, got {dim}")

@@ -57,7 +57,8 @@ def multi_resolution(
                 S = S - S.max(-1, keepdim=True).values
             n = len(S)
             forced = [(x, y) for x in range(n) for y in range(n) if 2 * abs(x - y) < diagonal or x < first or y < first]
-            others = sorted({(x, y) for x in range(n) for y in range(n)} - {*forced}, key=lambda xy, S=S: -float(S[xy]))
+            rest = {(x, y): float(S[x, y]) for x in range(n) for y in range(n) if (x, y) not in forced}
+            others = sorted(rest, key=rest.__getitem__, reverse=True)
             if coarse:
                 scores[b, h] = low[b, h]
             for x, y in (forced + others)[: n * per_row]:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -21,18 +22,20 @@ from attlas.serve.completions import complete
 from attlas.serve.errors import ApiError, Disconnected, failed, invalid, unavailable
 from attlas.serve.overview import overview
 from attlas.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ErrorBody, TokenizeBody, explained
-from attlas.serve.security import OWNER, BodyLimit, Gate, KeyCheck, Keys, error_response
+from attlas.serve.security import OWNER, BodyLimit, Gate, Head, HostCheck, KeyCheck, Keys, error_response
 from attlas.serve.service import Service
 from attlas.serve.streams import CLIENT_GONE
 from attlas.serve.wire import Json
 from attlas.serve.worker import Unhealthy
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+BEING_READ = 64  # requests whose bodies may arrive and be cut into tokens, beyond those that the engine has room for
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
         400: "What is wrong with the request, and which parameter.",
         401: "A key is needed.",
+        403: "The server was called by a name that it does not go by.",
         404: "No such model.",
         408: "The request took too long.",
         413: "The body is too large.",
@@ -59,8 +62,12 @@ class Server(FastAPI):
         return self.openapi_schema
 
 
-def create_app(service: Service, keys: Sequence[str] = ()) -> Server:
-    """The application that serves `service` to those who bring one of `keys` (none: to everybody who reaches it)."""
+def create_app(
+    service: Service, keys: Sequence[str] = (), origins: Sequence[str] = (), hosts: Sequence[str] | None = None
+) -> Server:
+    """The application that serves `service` to those who bring one of `keys` (none: to everybody who reaches it). Pages of
+    `origins` may read its answers in a browser; ("*",) = any page. `hosts`: names by which it may be called beside addresses and
+    localhost; None = any."""
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -74,8 +81,19 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> Server:
     _work(app, service)
     _views(app, service)
     app.add_middleware(BodyLimit, limits=service.limits)
-    app.gate = Gate(app.build_middleware_stack())
-    app.middleware_stack = KeyCheck(app.gate, Keys(keys))
+    most = service.worker.capacity + BEING_READ
+    app.gate = Gate(app.build_middleware_stack(), most, service.limits.stall, service.metrics.refuse)
+    app.middleware_stack = KeyCheck(Head(app.gate), Keys(keys))
+    if hosts is not None:
+        app.middleware_stack = HostCheck(app.middleware_stack, hosts)
+    if origins:  # before the keys: a browser asks for permission without one
+        app.middleware_stack = CORSMiddleware(
+            app.middleware_stack,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     return app
 
 
@@ -95,11 +113,12 @@ def _work(app: Server, service: Service) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt", "invalid_value")
         if body.prompt is not None:
-            ids = await service.encode(body.prompt, "prompt")
+            ids = await service.encode(body.prompt, "prompt", special=body.add_special_tokens is not False)
         else:
             messages = [message.plain() for message in body.messages or ()]
             ids = await service.encode_chat(messages, body.add_generation_prompt is not False)
-        return Json({"count": len(ids), "max_model_len": service.served.max_len, "tokens": ids})
+        told = {"count": len(ids), "max_model_len": service.served.max_len, "tokens": ids}
+        return Json({**told, "token_strs": [service.tokenizer.token(i) for i in ids]} if body.return_token_strs else told)
 
     @app.post("/detokenize", response_model=None)
     async def detokenize(body: DetokenizeBody) -> Response:
@@ -164,7 +183,8 @@ def _errors(app: Server) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400:
-            return answer(invalid("The body is not JSON in UTF-8, or a number in it has too many digits.", code="invalid_json"))
+            reason = "The body is not JSON in UTF-8, is nested too deep, or holds a number of too many digits."
+            return answer(invalid(reason, code="invalid_json"))
         path = request.url.path[:128]
         told = {404: f"There is no {path!r} here.", 405: f"{request.method} is not what {path!r} takes."}
         message = told.get(error.status_code, str(error.detail))

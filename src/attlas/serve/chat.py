@@ -41,7 +41,7 @@ class ChatShape(Shape):
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(answer.text), "refusal": None},
-            "logprobs": chat_logprobs(answer.logprobs, self.service.token_text) if self.wants_logprobs else None,
+            "logprobs": chat_logprobs(answer.logprobs, self.service.spelling) if self.wants_logprobs else None,
             "finish_reason": answer.finish_reason,
         }
 
@@ -50,7 +50,7 @@ class ChatShape(Shape):
         if len(answer.text) == 1:
             said.append(self._part(index, {"role": "assistant", "content": "", "refusal": None}))
         if output.text or output.logprobs:
-            logprobs = chat_logprobs(output.logprobs or (), self.service.token_text) if self.wants_logprobs else None
+            logprobs = chat_logprobs(output.logprobs or (), self.service.spelling) if self.wants_logprobs else None
             said.append(self._part(index, {"content": output.text}, logprobs))
         if output.finish_reason is not None:
             said.append(self._part(index, {}, None, output.finish_reason))

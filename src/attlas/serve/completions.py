@@ -16,6 +16,7 @@ from attlas.serve.flight import Flight, Job
 from attlas.serve.parameters import prompts_of, sampling
 from attlas.serve.protocol import CompletionBody
 from attlas.serve.service import Service
+from attlas.serve.spelling import Place
 from attlas.serve.streams import Shape, check_stream, respond
 
 DEFAULT_MAX_TOKENS = 16
@@ -46,27 +47,32 @@ class CompletionShape(Shape):
     def __init__(self, service: Service, flight: Flight, body: CompletionBody, echoes: Sequence[str] | None) -> None:
         super().__init__(service, flight, f"cmpl-{flight.id}", "text_completion", "text_completion")
         self.echoes, self.wants_logprobs = echoes, body.logprobs is not None
+        self.only_echo = body.max_tokens == 0
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        return self._choice(index, "".join(answer.text), answer.finish_reason, answer.logprobs, 0, begins=True)
+        return self._choice(index, "".join(answer.text), answer.finish_reason, answer.logprobs, answer.place, begins=True)
 
     def parts(self, index: int, answer: Answer, output: Output) -> list[dict[str, Any]]:
         begins = len(answer.text) == 1
         if not (output.text or output.logprobs or output.finish_reason or (begins and self.echoes)):
             return []
-        said = self._choice(index, output.text, output.finish_reason, output.logprobs or (), answer.offset, begins=begins)
-        answer.offset += sum(map(len, said["logprobs"]["tokens"])) if said["logprobs"] else 0
-        return [said]
+        return [self._choice(index, output.text, output.finish_reason, output.logprobs or (), answer.place, begins=begins)]
+
+    def usage(self) -> dict[str, Any]:
+        told = super().usage()
+        return {**told, "completion_tokens": 0, "total_tokens": told["prompt_tokens"]} if self.only_echo else told
 
     def _choice(
-        self, index: int, text: str, reason: str | None, found: Sequence[TokenLogprobs], offset: int, *, begins: bool
+        self, index: int, text: str, reason: str | None, found: Sequence[TokenLogprobs], place: Place, *, begins: bool
     ) -> dict[str, Any]:
         """One choice, or what a part adds to it; `begins`: it is the first part."""
         job = self.job(index)
+        if self.only_echo:  # the engine makes a token all the same: nobody asked for it
+            text, reason, found = "", "length", ()
         reported: list[TokenLogprobs | None] = list(found)
         if begins and self.echoes is not None:
             text = self.echoes[job] + text
             reported = [None, *self.prompt_logprobs.get(job, ()), *reported]
         first = self.flight.jobs[job].prompt[0]
-        logprobs = completion_logprobs(reported, self.service.token_text, offset, first) if self.wants_logprobs else None
+        logprobs = completion_logprobs(reported, self.service.spelling, place, first) if self.wants_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

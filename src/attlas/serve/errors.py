@@ -40,8 +40,8 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 def refused(error: AttlasError) -> ApiError:
     """What attlas refused, as an error of the request; the parameter is the one that the sentence names."""
-    found = re.match(r"SamplingParams: (\w+)=", str(error))
-    param = None if found is None else PARAM_OF.get(found[1], found[1])
+    found = re.match(r"(SamplingParams: )?(\w+)", str(error))
+    param = None if found is None else PARAM_OF.get(found[2], found[2] if found[1] else None)
     return invalid(str(error).removeprefix("SamplingParams: ")[:LONGEST_MESSAGE], param, "invalid_value")
 
 

@@ -22,10 +22,11 @@ class Job:
 
 @dataclass
 class Times:
-    """Seconds of the monotonic clock: arrival, first token of any answer, newest token of each choice; and tokens so far. Kept by
-    the engine's thread."""
+    """Seconds of the monotonic clock: arrival, admission of the first prompt, first token of any answer, newest token of each
+    choice; and tokens so far. Kept by the engine's thread."""
 
     arrival: float
+    admitted: float | None = None
     first: float | None = None
     newest: dict[int, float] = field(default_factory=dict)
     tokens: int = 0

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from attlas.engine.engine import Engine
 from attlas.engine.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
-from attlas.errors import DataError, OptionError
+from attlas.errors import OptionError
 from attlas.models.config import language_model
-from attlas.models.load import load_model
+from attlas.models.load import load_model, located
 from attlas.models.transformer import Transformer
 from attlas.registry import suggest
 from attlas.serve.options import ServeOptions
@@ -30,9 +30,7 @@ def load(options: ServeOptions) -> Served:
     if options.model is None:
         model, tokenizer, name = random_model().to(dtype), byte_tokenizer(), "random"
     else:
-        if not options.model.exists():
-            raise DataError(f"--model {options.model} does not exist")
-        tokenizer = load_tokenizer(options.tokenizer or options.model)
+        tokenizer = load_tokenizer(options.tokenizer or located(options.model))
         model, name = load_model(options.model, dtype=dtype), _name(options.model)
     return served(model.eval(), tokenizer, options, options.name or name)
 

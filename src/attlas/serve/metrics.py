@@ -28,8 +28,14 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_per_output_token_seconds": ("Seconds between two tokens of an answer.", PER_TOKEN),
     "inter_token_latency_seconds": ("Seconds between two tokens of an answer (newer name of the same).", PER_TOKEN),
     "e2e_request_latency_seconds": ("Seconds from a request's arrival to its last token.", LONG),
+    "request_queue_time_seconds": ("Seconds from a request's arrival until it leaves the queue.", LONG),
+    "request_prefill_time_seconds": ("Seconds from there to its first token.", LONG),
+    "request_decode_time_seconds": ("Seconds from its first token to its last.", LONG),
+    "request_inference_time_seconds": ("Seconds from leaving the queue to its last token.", LONG),
     "request_prompt_tokens": ("Prompt tokens of a request.", TOKENS),
     "request_generation_tokens": ("Generated tokens of a request.", TOKENS),
+    "request_params_max_tokens": ("The max_tokens of a request.", TOKENS),
+    "request_params_n": ("The n of a request.", TOKENS[:5]),
 }
 
 
@@ -63,8 +69,10 @@ class Metrics(Observer):
         times, seen = flight.times, self.histograms
         if output.token_ids:
             if times.first is None:
-                times.first = now
+                times.first, times.admitted = now, output.admitted or times.arrival
                 seen["time_to_first_token_seconds"].observe(now - times.arrival)
+                seen["request_queue_time_seconds"].observe(times.admitted - times.arrival)
+                seen["request_prefill_time_seconds"].observe(now - times.admitted)
             before = times.newest.get(choice)
             if before is not None:
                 gap = (now - before) / len(output.token_ids)
@@ -74,9 +82,22 @@ class Metrics(Observer):
             times.newest[choice] = now
             times.tokens += len(output.token_ids)
         if output.finish_reason is not None and flight.open == {choice}:
-            seen["e2e_request_latency_seconds"].observe(now - times.arrival)
-            seen["request_prompt_tokens"].observe(flight.prompt_tokens)
-            seen["request_generation_tokens"].observe(times.tokens)
+            self._finished(flight, now)
+
+    def _finished(self, flight: Flight, now: float) -> None:
+        times, params = flight.times, flight.jobs[0].params
+        measured: dict[str, float] = {
+            "e2e_request_latency_seconds": now - times.arrival,
+            "request_prompt_tokens": flight.prompt_tokens,
+            "request_generation_tokens": times.tokens,
+            "request_params_max_tokens": params.max_tokens,
+            "request_params_n": params.n,
+        }
+        if times.first is not None and times.admitted is not None:
+            measured["request_decode_time_seconds"] = now - times.first
+            measured["request_inference_time_seconds"] = now - times.admitted
+        for name, value in measured.items():
+            self.histograms[name].observe(value)
 
     def on_lost(self, flight: Flight, reason: str) -> None:
         self.lost.labels(*self.labels, reason).inc()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from attlas.engine.options import EngineOptions, Preemption
 from attlas.errors import OptionError
+from attlas.registry import suggest
+
+KV_DTYPES = ("int8", "fp8")
+LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,7 @@ class Limits:
     prompts        prompts of one request
     stops          stop texts of one request, each at most `stop_length` characters long
     schema         characters of a JSON schema
+    stall          seconds that an answer waits for a client that does not read it
     """
 
     queue: int = 256
@@ -33,6 +39,7 @@ class Limits:
     stops: int = 16
     stop_length: int = 256
     schema: int = 64 * 1024
+    stall: float = 60.0
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -45,7 +52,7 @@ class Limits:
 class ServeOptions:
     """What is served, to whom, and how much of it at once.
 
-    model               a folder with config.json, *.safetensors and tokenizer.json, or a .gguf file (llama family)
+    model               a folder with config.json, *.safetensors and tokenizer.json, or a .gguf file; default: random weights
     tokenizer           a tokenizer.json, where the model brings none
     name                what clients call the model; default: the name of its folder or file
     host                address to listen on; the default is reached from this machine alone
@@ -53,15 +60,20 @@ class ServeOptions:
     api_key             a key that clients must send (Authorization: Bearer KEY); repeat it for several. Each key has a cache of
                         its own. Also read from ATTLAS_API_KEY, separated by commas, where other users cannot see it
     without_keys        serve other machines without keys
+    allow_host          a name by which a server without keys on this machine may be called, beside localhost and addresses
+    allow_origin        an origin whose pages may use the server from a browser, such as http://localhost:3000; * = any (CORS)
     dtype               dtype of the weights: float32, bfloat16, float16
-    max_len             longest prompt and answer together, in tokens
+    max_len             longest prompt and answer together, in tokens; default: as many as the model takes and the cache holds
     max_running         sequences that run at once
     max_batched_tokens  tokens of one forward
     max_queue           sequences that may wait; more are refused with 429
-    cache_mib           memory for the cache in MiB; default: enough for max_running sequences of max_len tokens
+    cache_mib           memory for the cache in MiB; default: for max_running sequences of max_len tokens, at most 1024 unless
+                        one sequence takes more
+    kv_dtype            store the cache in 8 bits: int8 or fp8; default: as the model computes
     page_size           tokens of a page of the cache
     prefix_caching      share the cache between prompts that begin alike
     preemption          what happens to a running sequence when pages run out
+    swap_mib            memory in MiB for pages that are copied aside, with preemption swap
     speculative         tokens drafted per step by looking the last tokens up in the text so far; 0 = off
     batch_invariant     an answer is bitwise the same in any company
     request_seconds     longest that a request may take
@@ -78,15 +90,19 @@ class ServeOptions:
     port: int = 8000
     api_key: tuple[str, ...] = field(default=(), metadata={"whole": True})
     without_keys: bool = False
+    allow_host: tuple[str, ...] = field(default=(), metadata={"whole": True})
+    allow_origin: tuple[str, ...] = field(default=(), metadata={"whole": True})
     dtype: str = "float32"
     max_len: int | None = None
     max_running: int = 32
     max_batched_tokens: int = 1024
     max_queue: int = 256
     cache_mib: float | None = None
+    kv_dtype: str | None = None
     page_size: int = 16
     prefix_caching: bool = True
     preemption: Preemption = "recompute"
+    swap_mib: float = 1024.0
     speculative: int = 0
     batch_invariant: bool = False
     request_seconds: float = 600.0
@@ -102,6 +118,15 @@ class ServeOptions:
             raise OptionError(f"--port {self.port}: a port is between 0 and 65535")
         if not self.drain_seconds >= 0:
             raise OptionError(f"--drain-seconds {self.drain_seconds}: it must not be negative")
+        if self.log_level not in LEVELS:
+            raise OptionError(f"--log-level {self.log_level}: {suggest(self.log_level, LEVELS)}")
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise OptionError(f"--kv-dtype {self.kv_dtype}: {suggest(str(self.kv_dtype), KV_DTYPES)}")
+        if wrong := [o for o in self.allow_origin if o != "*" and not re.fullmatch(r"https?://[^/\s]+", o)]:
+            raise OptionError(f"--allow-origin {wrong[0]}: give scheme and host, such as http://localhost:3000, or *")
+        for name in ("cache_mib", "swap_mib"):
+            if not (getattr(self, name) is None or 0 < getattr(self, name) < 2**40):
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}: it must be above 0")
 
     def check_reach(self, keys: tuple[str, ...]) -> None:
         """Refuse to offer other machines a server without keys, unless that was asked for."""
@@ -110,6 +135,10 @@ class ServeOptions:
                 f"--host {self.host} can be reached from other machines and no key is set: "
                 "give --api-key (or ATTLAS_API_KEY), or say --without-keys"
             )
+
+    def hosts(self, keys: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Names by which the server may be called, None = any: with keys, and where other machines reach it anyway."""
+        return None if keys or not is_loopback(self.host) else self.allow_host
 
     def engine(self) -> EngineOptions:
         return EngineOptions(
@@ -120,6 +149,8 @@ class ServeOptions:
             max_len=self.max_len,
             prefix_caching=self.prefix_caching,
             preemption=self.preemption,
+            swap_bytes=int(self.swap_mib * 2**20) if self.preemption == "swap" else 0,
+            kv_dtype=self.kv_dtype,
             speculative=self.speculative,
             batch_invariant=self.batch_invariant,
         )

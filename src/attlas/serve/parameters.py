@@ -14,6 +14,7 @@ from attlas.serve.protocol import ChatBody, CompletionBody, ResponseFormat, Samp
 
 MAX_BIASES = 1024
 MAX_DEPTH = 64  # of a schema: whoever reads one recurses
+MAX_JOINED = 10  # patterns that hold at once: whoever intersects n of them may take 2^n steps (16 took seconds)
 
 
 def sampling(body: Sampling, limits: Limits, *, room: int, vocab_size: int, longest_default: int | None) -> SamplingParams:
@@ -62,8 +63,11 @@ def _max_tokens(body: Sampling, room: int, longest_default: int | None) -> int:
         name, asked = "max_completion_tokens", body.max_completion_tokens
     if asked is None:
         return room if longest_default is None else min(room, longest_default)
+    if asked == 0 and isinstance(body, CompletionBody) and body.echo:
+        return 1  # the prompt alone is asked for, with its log probabilities; see `CompletionShape`
     if asked < 1:
-        raise invalid(f"{name}={_short(asked)}; it must be at least 1", name, "invalid_value")
+        hint = " (0 goes with echo=true)" if isinstance(body, CompletionBody) else ""
+        raise invalid(f"{name}={_short(asked)}; it must be at least 1{hint}", name, "invalid_value")
     if asked > room:
         raise invalid(
             f"{name}={_short(asked)} does not fit: behind the prompt the model's context has room for {room} tokens",
@@ -111,6 +115,11 @@ def _schema(format: ResponseFormat | None, limits: Limits) -> str | None:
         raise invalid("a response_format of type 'json_schema' needs json_schema.schema", "response_format", "missing_parameter")
     if _depth(format.json_schema.schema_) > MAX_DEPTH:
         raise invalid(f"the schema is nested more than {MAX_DEPTH} deep", "response_format", "invalid_value")
+    if (joined := _joined_patterns(format.json_schema.schema_)) > MAX_JOINED:
+        message = (
+            f"the schema joins patterns or formats by allOf or $ref, and has {joined} of them; at most {MAX_JOINED} are taken"
+        )
+        raise invalid(message, "response_format", "invalid_value")
     text = json.dumps(format.json_schema.schema_, separators=(",", ":"))
     if len(text) > limits.schema:
         raise invalid(
@@ -127,6 +136,20 @@ def _depth(value: Any) -> int:
         level = [item for items in inner for item in items]
         depth += bool(inner)
     return depth
+
+
+def _joined_patterns(schema: Any) -> int:
+    """Patterns and formats of a schema that may hold for one text together; 0 where nothing joins them."""
+    patterns, joins, level = 0, False, [schema]
+    while level:
+        found = level.pop()
+        if isinstance(found, dict):
+            patterns += ("pattern" in found) + ("format" in found)
+            joins = joins or "allOf" in found or ("$ref" in found and len(found) > 1)
+            level += found.values()
+        elif isinstance(found, list):
+            level += found
+    return patterns if joins else 0
 
 
 def _logprobs(body: Sampling) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from attlas.serve.errors import ApiError, invalid
 
@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {
 ONLY: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -41,12 +41,16 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
     "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
     "logits_processors": ([],),
     "best_of": (),  # also n itself: see `check_extra`
 }
+
+# Fields of a message that clients send back as they were answered, with nothing in them.
+EMPTY_IN_MESSAGES = {"annotations", "audio", "function_call", "tool_calls", "reasoning", "reasoning_content"}
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(max_length=16 * 2**20)]
@@ -131,15 +135,30 @@ class Content(BaseModel):
     type: Literal["text"]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"a part of type {kind[:64]!r} is not supported; this server reads text")
+        return value
+
 
 class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[Content] | None = None
     name: str | None = None
     refusal: None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _nothing_more(self) -> Message:
+        for name, value in (self.model_extra or {}).items():
+            if name not in EMPTY_IN_MESSAGES or value not in (None, [], {}, ""):
+                raise ValueError(f"{name[:64]!r} in a message is not supported, and is not ignored: leave it out")
+        return self
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -159,6 +178,8 @@ class TokenizeBody(Body):
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
     add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeBody(Body):
@@ -189,9 +210,9 @@ def explained(errors: list[dict[str, Any]], fields: frozenset[str] = frozenset()
     param = where[0]
     if first["type"] == "missing":
         return invalid(f"Missing required parameter: {'.'.join(where)[:128]!r}", ".".join(where)[:128], "missing_parameter")
-    said = {
-        str(e["msg"]).removeprefix("Value error, ") for e in errors if [str(p) for p in e["loc"] if p != "body"][:1] == [param]
-    }
-    reasons = "; or ".join(sorted(said)[:4])
+    told = [e for e in errors if [str(p) for p in e["loc"] if p != "body"][:1] == [param]]
+    if ours := [e for e in told if e["type"] == "value_error"]:  # it knows what was meant
+        told, where = ours, [str(part) for part in ours[0]["loc"] if part != "body"]
+    reasons = "; or ".join(sorted({str(e["msg"]).removeprefix("Value error, ") for e in told})[:4])
     place = ".".join(part for part in where if part.isidentifier() or part.isdigit())[:128]
     return invalid(f"Invalid value for {place!r}: {reasons[:400]}", param[:64], "invalid_value")

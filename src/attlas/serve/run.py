@@ -15,6 +15,7 @@ import uvicorn
 
 from attlas.errors import AttlasError
 from attlas.serve.app import Server, create_app
+from attlas.serve.connection import Connection
 from attlas.serve.options import ServeOptions
 from attlas.serve.service import Served, Service
 
@@ -77,7 +78,7 @@ def run(options: ServeOptions, started: Callable[[dict[str, Any]], None] = lambd
 
         served = load(options)
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    app = create_app(Service(served, options.limits()), keys)
+    app = create_app(Service(served, options.limits()), keys, options.allow_origin, options.hosts(keys))
     config = configuration(app, options.log_level)
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -89,7 +90,7 @@ def configuration(app: Server, log_level: str) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_level=log_level,
-        http="h11",  # the parser that bounds the headers
+        http=Connection,  # h11 bounds the headers
         h11_max_incomplete_event_size=LARGEST_HEADER,
         ws="none",
         lifespan="on",

@@ -9,10 +9,13 @@ import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
+import logging
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from attlas.serve.errors import ApiError, unauthorized, unavailable
+from attlas.serve.errors import ApiError, overloaded, unauthorized, unavailable
 from attlas.serve.options import Limits
 from attlas.serve.wire import Json
 
@@ -21,6 +24,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("attlas.serve")
 
 OWNER = "attlas-owner"  # in a scope: which key asks; "" without keys
 
@@ -77,11 +82,87 @@ class KeyCheck:
             await send({"type": "websocket.close", "code": 1008})
 
 
-class Gate:
-    """Counts the requests that it has let in; once it is closed, work is answered with 503 while what is inside goes on."""
+class HostCheck:
+    """Lets requests through that call the server by an address, as localhost, or by one of `names`.
+
+    A page in a browser on this machine can reach a server that listens here by a name of its own that resolves to 127.0.0.1 (DNS
+    rebinding); the browser then lets it read the answers. The name gives it away.
+    """
+
+    def __init__(self, app: App, names: Iterable[str]) -> None:
+        self.app, self.names = app, {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        called = [value for name, value in scope["headers"] if name == b"host"] if scope["type"] == "http" else []
+        wrong = next((value for value in called if not self.known(value)), None)
+        if wrong is None:
+            await self.app(scope, receive, send)
+            return
+        name = wrong.decode("latin-1")[:128]
+        message = f"This server does not go by the name {name!r}: start it with --allow-host, or with keys."
+        await error_response(ApiError(403, message, kind="permission_error", code="unknown_host"))(scope, receive, send)
+
+    def known(self, host: bytes) -> bool:
+        name = re.sub(r":\d*$", "", host.decode("latin-1").strip().lower())
+        if name in self.names or name.endswith(".localhost"):
+            return True
+        try:
+            return bool(ipaddress.ip_address(name.strip("[]")))
+        except ValueError:
+            return False
+
+
+class Head:
+    """Answers HEAD as it would GET; the one who writes the answer leaves its body out."""
 
     def __init__(self, app: App) -> None:
         self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self.app({**scope, "method": "GET"} if head else scope, receive, send)
+
+
+class Stalled(OSError):
+    """A client that does not read what it has asked for."""
+
+
+def impatient(send: Send, seconds: float) -> Send:
+    """A `send` that raises Stalled when a message has waited `seconds` for the client to read what came before it."""
+
+    async def bounded(message: Message) -> None:
+        task, late = asyncio.current_task(), False
+        assert task is not None
+
+        def stop() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(seconds, stop)
+        try:
+            await send(message)
+        except asyncio.CancelledError:
+            if not late:
+                raise
+            getattr(task, "uncancel", int)()  # this cancellation was ours, and ends here
+            raise Stalled(f"a client has not read its answer for {seconds:g} s") from None
+        finally:
+            timer.cancel()
+
+    return bounded
+
+
+class Gate:
+    """Counts the requests that it has let in; once it is closed, work is answered with 503 while what is inside goes on.
+
+    most       requests inside at once; more are answered with 429 before their bodies are read
+    stall      seconds that an answer waits for a client that does not read it; then the request ends
+    on_refuse  is told the status of a request that was not let in
+    """
+
+    def __init__(self, app: App, most: int, stall: float, on_refuse: Callable[[int], None]) -> None:
+        self.app, self.most, self.stall, self.on_refuse = app, most, stall, on_refuse
         self.closed = False
         self.inside = 0
         self.empty = asyncio.Event()
@@ -91,15 +172,19 @@ class Gate:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        if self.closed:
-            error = unavailable("The server is shutting down and takes no new requests.", "draining")
+        if self.closed or self.inside >= self.most:
+            full = overloaded(1)
+            error = unavailable("The server is shutting down and takes no new requests.", "draining") if self.closed else full
             error.headers["Connection"] = "close"
+            self.on_refuse(error.status)
             await error_response(error)(scope, receive, send)
             return
         self.inside += 1
         self.empty.clear()
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, impatient(send, self.stall))
+        except Stalled as error:
+            log.warning("%s", error)
         finally:
             self.inside -= 1
             if not self.inside:

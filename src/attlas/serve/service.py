@@ -17,13 +17,14 @@ from attlas.serve.flight import Flight, Job
 from attlas.serve.metrics import Metrics
 from attlas.serve.options import Limits
 from attlas.serve.security import OWNER
+from attlas.serve.spelling import Spelling
 from attlas.serve.worker import Busy, EngineFailed, EngineLike, Unhealthy, Worker
 
 
 class TokenizerLike(Protocol):
     """What the server needs of a tokenizer. Called from several threads at once."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, special: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -53,6 +54,7 @@ class Service:
 
     def __init__(self, served: Served, limits: Limits) -> None:
         self.served, self.limits, self.tokenizer = served, limits, served.tokenizer
+        self.spelling = Spelling(served.tokenizer)
         self.metrics = Metrics(served.name)
         self.worker = Worker(served.engine, capacity=served.max_running + limits.queue, observer=self.metrics)
         self.metrics.worker = self.worker
@@ -67,10 +69,11 @@ class Service:
             message = f"The model {name[:128]!r} does not exist; this server has {self.served.name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, param: str) -> list[int]:
-        """Token ids of a text, made off the event loop: a long text takes a while."""
+    async def encode(self, text: str, param: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, made off the event loop: a long text takes a while. `special`: with the token that begins a text,
+        where the model has one."""
         try:
-            return await asyncio.to_thread(self.tokenizer.encode, text)
+            return await asyncio.to_thread(self.tokenizer.encode, text, special=special)
         except UnicodeError:
             raise invalid(f"{param} is not valid Unicode text", param, "invalid_value") from None
 
@@ -87,7 +90,8 @@ class Service:
         longest, most = max(map(len, prompts)), self.served.max_len
         if longest >= most:
             message = (
-                f"The prompt has {longest} tokens; the model's context holds {most}, at least one of which is for the answer."
+                f"The prompt has {longest} tokens. This model's maximum context length here is {most} tokens, at least one of "
+                "which is for the answer."
             )
             raise invalid(message, param, "context_length_exceeded")
         for ids in prompts:
@@ -159,10 +163,6 @@ class Service:
     def salt(self, request: Request, cache_salt: str | None) -> str:
         """The cache namespace of a request: that of its key, and within it the one that the request names."""
         return f"{request.scope.get(OWNER, '')}\0{cache_salt or ''}"
-
-    def token_text(self, token: int) -> str:
-        """The text of one token; special ones, which have none, by their name."""
-        return self.tokenizer.decode([token]) or self.tokenizer.token(token)
 
     def usage(self, flight: Flight) -> dict[str, Any]:
         return {

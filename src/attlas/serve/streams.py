@@ -47,9 +47,12 @@ class Shape(ABC):
     def parts(self, index: int, answer: Answer, output: Output) -> list[dict[str, Any]]:
         """What a stream says of a choice when `output` has been added to it; nothing where there is nothing to say yet."""
 
+    def usage(self) -> dict[str, Any]:
+        return self.service.usage(self.flight)
+
     def whole(self, answers: dict[int, Answer]) -> dict[str, Any]:
         choices = [self.choice(index, answers[index]) for index in sorted(answers)]
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.service.usage(self.flight)}
+        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": self.part_kind, "choices": choices}
@@ -82,7 +85,7 @@ async def _events(service: Service, flight: Flight, body: Sampling, shape: Shape
             for choice in shape.parts(index, answers[index], output):
                 yield event({**shape.part([choice]), **extra})
         if count:
-            yield event({**shape.part([]), "usage": service.usage(flight)})
+            yield event({**shape.part([]), "usage": shape.usage()})
         yield DONE
     except Disconnected:
         return

@@ -17,7 +17,7 @@ CARDS = (
         time="O(N n log n d), order N; decoding O(n d) per token",
         memory="O(N n d)",
         cache="(N - 1) d per token: there is no state of fixed size",
-        supports=frozenset({"causal", "packed", "decode", "backward"}),
+        supports=frozenset({"causal", "packed", "decode", "backward", "compile"}),
         caveats=(
             "causal only: the filters have no taps on later tokens",
             "sequences up to max_len only",
@@ -42,7 +42,7 @@ CARDS = (
         time="O(n^2 d + n d^2 e), e = expansion",
         memory="O(n d e)",
         cache="2 h_kv d_h n, and (kernel - 1) e d in fp32",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "gqa"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "gqa", "compile"}),
         caveats=(
             "neither paper is about text: `order` and `conv` choose ConvFormer's or Conformer's parts",
             "conv='gated' has a layer norm where the Conformer paper has a batch norm, which mixes the rows of a batch",

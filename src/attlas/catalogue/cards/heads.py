@@ -13,7 +13,7 @@ _CASTLE: dict[str, Any] = {
     "year": 2025,
     "used_by": (),
     "cache": "4 h d per token: q^U, k, v, and u in fp32; every step rewrites u",
-    "supports": frozenset({"causal", "packed", "decode", "backward"}),
+    "supports": frozenset({"causal", "packed", "decode", "backward", "compile"}),
     "reference": "attlas.reference.lookahead:castle_parallel",
     "op": "attlas.ops.lookahead:lookahead_attention",
     "level": 2,
@@ -44,7 +44,7 @@ CARDS = (
         "n / (2 P^2) tokens in four layers of five",
         memory="O(n P h d) for the virtual tokens",
         cache="2 h d per token, as in multi-head attention: keys and values before mixing; a window + 1 tokens with a window",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "compile"}),
         caveats=(
             "the paper leaves open whether a pseudo-query sees all pseudo-keys of its own token: causal=True is the flat order "
             "of its text (only those up to its own), causal='token' lets it see all",
@@ -109,7 +109,7 @@ CARDS = (
         "for a latent of r",
         memory="O(n h (d_n + m d_r + d_v)) for the expanded keys and values",
         cache="r + m d_r per token: the latent and the rotated keys that all heads share",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "compile"}),
         caveats=(
             "made by attlas.nn.convert from multi-head or grouped-query layers: exact at full rank where as many rotary keys are "
             "kept as the layer has key heads (or where it has no rotary positions)",

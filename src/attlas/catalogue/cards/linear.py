@@ -172,9 +172,9 @@ CARDS = (
         year=2023,
         used_by=("RWKV-4",),
         time="O(n d): constant per token",
-        memory="O(n C d), C = chunk length",
+        memory="O(n d)",
         cache="4 d + 1 numbers in fp32",
-        supports=_CLAIMS,
+        supports=_CLAIMS | {"compile"},
         caveats=(
             _NOT_TAKEN_BACK,
             "causal only, as in the paper: Vision-RWKV (arXiv:2403.02308) defines a two-sided average of its own",

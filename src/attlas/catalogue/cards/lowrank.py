@@ -7,7 +7,7 @@ from typing import Any
 from attlas.catalogue.card import Card, Degenerate
 
 _SMALL: dict[str, Any] = {"dim": 23, "num_heads": 3, "head_dim": 6}
-_CLAIMS = frozenset({"bidirectional", "packed", "backward"})
+_CLAIMS = frozenset({"bidirectional", "packed", "backward", "compile"})
 _NO_CACHE = "none: every projected key mixes all tokens, so it cannot decode"
 
 CARDS = (
@@ -80,7 +80,7 @@ CARDS = (
         time="O(n^2 d / f) for f tokens per entry",
         memory="O(n d)",
         cache="2 h d_h per f tokens, and f uncompressed tokens; none when bidirectional",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "compile"}),
         caveats=(
             "a causal layer sees no token of its own unfinished group, and the first f - 1 tokens see nothing (start='none'): "
             "put "

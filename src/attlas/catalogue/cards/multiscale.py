@@ -54,8 +54,8 @@ CARDS = (
         aliases=("mra", "mra-2"),
         family="multi-scale",
         summary="The pairs of blocks that matter most are computed token by token, the others by the means of their blocks.",
-        formula="y_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij),  s_ij = q_i . k_j / sqrt(d) where the pair (x, y) of the blocks of i "
-        "and j is among the m n / b largest of S_xy = q_x . k_y / sqrt(d), else S_xy;  q_x, k_y means over blocks of b tokens",
+        formula="y_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij),  s_ij = q_i . k_j / sqrt(d) where the pair (x, y) of the blocks of "
+        "i and j is among the m n / b largest of S_xy = q_x . k_y / sqrt(d), else S_xy;  q_x, k_y means over blocks of b tokens",
         paper="Zeng et al., Multi Resolution Analysis (MRA) for Approximate Self-Attention, arXiv:2207.10284",
         year=2022,
         used_by=("MRA (RoBERTa with MRA-2)",),

@@ -73,7 +73,7 @@ CARDS = (
         time="O(n w d)",
         memory="O(n d)",
         cache="at most 2 h d_h ((w - 1) r + 1): the gaps are kept, they are the next query's keys",
-        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa"}),
+        supports=frozenset({"causal", "bidirectional", "packed", "decode", "bounded-cache", "backward", "gqa", "compile"}),
         caveats=(
             "one layer splits the sequence into r interleaved ones that do not mix",
             "the cost holds for dense causal sequences, which are regrouped by residue; other calls work on windows of w r keys",

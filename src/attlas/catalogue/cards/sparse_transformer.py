@@ -15,6 +15,7 @@ _SHARED: dict[str, Any] = {
     "supports": frozenset({"causal", "bidirectional", "packed", "decode", "backward", "gqa"}),
     "options_for": {"bidirectional": {"causal": False}, "gqa": {"num_kv_heads": 1}},
 }
+_TRACED = _SHARED | {"supports": _SHARED["supports"] | {"compile"}}
 _CHILD = "Child et al., Generating Long Sequences with Sparse Transformers, arXiv:1904.10509"
 _WIDE = 307  # wider than any sequence in the laws
 _LAYOUT = ("1000000", "1100000", "0110000", "1001000", "0100100", "0010110", "1000011")
@@ -41,7 +42,7 @@ CARDS = (
         pattern=Causal() & (Window.last(4) | Strided(4)),
         example={**_SMALL, "stride": 5},
         degenerate=Degenerate({"stride": 1}),
-        **_SHARED,
+        **_TRACED,
     ),
     Card(
         name="fixed",
@@ -84,6 +85,6 @@ CARDS = (
         example={**_SMALL, "layout": _LAYOUT, "block_size": 5},
         variants={"layout": ("1111111",) * 7},
         degenerate=Degenerate({"layout": ("1",), "block_size": _WIDE}),
-        **_SHARED,
+        **_TRACED,
     ),
 )

@@ -71,7 +71,8 @@ def _rectangle(
     queries = q.to(dtype) * (scale if plain or mod is not None else scale * LOG2E)
     if tq > 1:
         queries = queries.transpose(1, 2)
-    s = _products(queries.reshape(b, hkv, -1, d), k.to(dtype).permute(0, 2, 3, 1))  # [B, Hkv, G * tq, tk]
+    together = h // hkv * tq  # said, as it cannot be inferred where there are no sequences
+    s = _products(queries.reshape(b, hkv, together, d), k.to(dtype).permute(0, 2, 3, 1))  # [B, Hkv, G * tq, tk]
     if plain:
         o = _products(torch.softmax(s, -1), v.to(dtype).transpose(1, 2)).view(b, h, tq, dv)
         return o.transpose(1, 2).to(q.dtype), None
@@ -88,7 +89,7 @@ def _rectangle(
     total = p.sum(-1, keepdim=True)
     if sink is not None:
         total += torch.exp2(sink - top)
-    o = _products(p.reshape(b, hkv, -1, tk), v.to(dtype).transpose(1, 2)).view(b, h, tq, dv)
+    o = _products(p.reshape(b, hkv, together, tk), v.to(dtype).transpose(1, 2)).view(b, h, tq, dv)
     o = o.div_(total.clamp(min=1.0))  # 0 without keys, at least 1 with any
     lse = total.log2().add_(top).mul_(LN2)[..., 0].transpose(1, 2) if need_lse else None
     return o.transpose(1, 2).to(q.dtype), lse

@@ -1,13 +1,13 @@
-"""RWKV-4's weighted average over all earlier tokens, in chunks of a few tokens, as a softmax over log weights: nothing
-overflows."""
+"""RWKV-4's weighted average over all earlier tokens, as averages with log weights that are joined in pairs: nothing overflows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-CHUNK = 16
 NEG_INF = float("-inf")
+EMPTY = -1e30  # log weight of nothing; finite, so that joining nothing with nothing has a gradient
 
 
 def wkv(
@@ -18,38 +18,42 @@ def wkv(
     k, v [N, T, C], log_decay (<= 0) and bonus [C]; the past is one value `average` [N, C] of log weight `log_mass` [N, C] (-inf
     = none).
     valid [N, T] False: a token at the end of its row that weighs nothing and does not decay. Returns (y, average, log_mass).
+    Time and memory O(N T C).
     """
-    outs = []
-    keys, values = k.split(CHUNK, 1), v.split(CHUNK, 1)  # one split has one gradient; slices would each have one as long as k
-    marks = [None] * len(keys) if valid is None else valid.split(CHUNK, 1)
-    for key, value, here in zip(keys, values, marks, strict=True):
-        y, average, log_mass = _chunk(key, value, log_decay, bonus, average, log_mass, here)
-        outs.append(y)
-    return torch.cat(outs, 1), average, log_mass
+    steps = k.new_ones(1, k.shape[1], 1)
+    own = bonus + k
+    if valid is not None:
+        here = valid[..., None]
+        k, v, steps = k.masked_fill(~here, EMPTY), v.masked_fill(~here, 0), here.to(k.dtype)
+    mass = torch.cat([log_mass.clamp(min=EMPTY)[:, None], k], 1)  # the past is a token that comes first
+    means = torch.cat([average[:, None], v], 1)
+    mass, means = _running(mass, means, F.pad(steps, (0, 0, 1, 0)), log_decay)
+    y = torch.lerp(v, means[:, :-1], torch.sigmoid(mass[:, :-1] - own))
+    end, last = mass[:, -1], means[:, -1]
+    empty = end <= EMPTY / 2
+    return y, last.masked_fill(empty, 0), end.masked_fill(empty, NEG_INF)
 
 
-def _chunk(
-    k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, average: Tensor, log_mass: Tensor, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    length = k.shape[1]
-    steps = torch.arange(length, device=k.device)
-    age = (steps[:, None] - 1 - steps[None, :])[None, :, :, None]  # decays that key s has met when query t reads it
-    weight = age.clamp(min=0) * log_decay + k[:, None]
-    own = torch.eye(length, dtype=torch.bool, device=k.device)[None, :, :, None]
-    weight = torch.where(own, (bonus + k)[:, None], weight).masked_fill((age < -1), NEG_INF)
-    past = steps[:, None] * log_decay + log_mass[:, None]
-    share = torch.cat([past[:, :, None], weight], 2).softmax(2)
-    y = share[:, :, 0] * average[:, None] + (share[:, :, 1:] * v[:, None]).sum(2)
-    if valid is None:
-        left, key = log_decay * (length - 1 - steps)[:, None], k
-        end = log_mass + length * log_decay
-    else:
-        count = valid.sum(1)
-        left = log_decay * (count[:, None, None] - 1 - steps[:, None]).clamp(min=0)
-        key = k.masked_fill(~valid[..., None], NEG_INF)
-        end = log_mass + count[:, None] * log_decay
-    logs = torch.cat([end[:, None], left + key], 1)
-    mass = logs.logsumexp(1)
-    empty = mass == NEG_INF
-    share = (logs - mass.masked_fill(empty, 0)[:, None]).exp()
-    return y, share[:, 0] * average + (share[:, 1:] * v).sum(1), mass
+def _running(mass: Tensor, means: Tensor, steps: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """The averages over all tokens up to each: neighbours are joined in pairs, the averages up to every pair are found in the
+    same way, and those that end inside a pair are made of the one before it. mass, means [N, T, C]; steps [1 | N, T, 1]: decays
+    from the token before."""
+    length = mass.shape[1]
+    if length == 1:
+        return mass, means
+    if length % 2:
+        mass, means, steps = F.pad(mass, (0, 0, 0, 1), value=EMPTY), F.pad(means, (0, 0, 0, 1)), F.pad(steps, (0, 0, 0, 1))
+    (first, second), (mean, other), (step, to) = (x.unflatten(1, (-1, 2)).unbind(2) for x in (mass, means, steps))
+    upto, average = _running(*_join(first, mean, second, other, to, log_decay), step + to, log_decay)
+    between = _join(upto[:, :-1], average[:, :-1], first[:, 1:], mean[:, 1:], step[:, 1:], log_decay)
+    parts = ((first, between[0], upto), (mean, between[1], average))
+    mass, means = (torch.stack([torch.cat([x[:, :1], b], 1), p], 2).flatten(1, 2)[:, :length] for x, b, p in parts)
+    return mass, means
+
+
+def _join(
+    mass: Tensor, mean: Tensor, later_mass: Tensor, later_mean: Tensor, steps: Tensor, log_decay: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two neighbouring averages as one, the earlier one decayed by `steps`."""
+    mass = torch.addcmul(mass, steps, log_decay)
+    return torch.logaddexp(mass, later_mass), torch.lerp(later_mean, mean, torch.sigmoid(mass - later_mass))

@@ -139,8 +139,12 @@ class PackedLinear:
         return LinearArgs.from_buffer_copy(self._args)
 
     def __call__(self, x: Tensor) -> Tensor:
-        assert x.dtype == self.dtype and x.shape[1] == self.inputs and x.stride(1) == 1
-        y = x.new_empty(x.shape[0], self.outputs)
+        return self.into(x, x.new_empty(x.shape[0], self.outputs))
+
+    def into(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [T, out], filled."""
+        assert x.dtype == y.dtype == self.dtype and x.shape[1] == self.inputs and x.stride(1) == 1
+        assert y.shape == (x.shape[0], self.outputs) and y.is_contiguous()
         a = self._args
         a.rows, a.x, a.x_row, a.y, a.y_row = x.shape[0], x.data_ptr(), x.stride(0), y.data_ptr(), self.outputs
         a.threads = torch.get_num_threads()

@@ -16,7 +16,7 @@ from attlas.kernels.cpu.pages import large_pages
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIBI, BIAS, SOFTCAP = 1, 2, 3
 SPLIT = 512  # keys of one split of a decode: fixed, so that a row's result does not depend on its batch or on the threads
-_TARGET_TASKS = 16
+_TARGET_TASKS = 12
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ def backward(
     lse, dlse = saved[1].contiguous(), None if grads[1] is None else grads[1].float().contiguous()
     a = _attention_args(q, k, v, blocks, mods, scale, isa)
     lanes = max(1, min(-(-_TARGET_TASKS // max(1, a.batch * a.kv_heads)), -(-a.k_len // a.block_k)))
-    sums = large_pages(torch.empty(lanes, *q.shape, dtype=torch.float32)).zero_()
     dq, dk, dv = (large_pages(x.new_empty(x.shape)) for x in (q, k, v))
+    alone = lanes == 1 and dq.dtype == torch.float32  # then dq itself is where it is summed
+    sums = (dq if alone else large_pages(torch.empty(lanes, *q.shape, dtype=torch.float32))).zero_()
     delta = torch.empty(q.shape[:3], dtype=torch.float32)
     dbias = torch.zeros(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=torch.float32) if want_bias else None
     a.out, a.so, a.lse, a.dout, a.sdo = out.data_ptr(), _stride(out), lse.data_ptr(), dout.data_ptr(), _stride(dout)

@@ -10,7 +10,8 @@
 extern "C" {
 
 // y = x W^T + bias. x [rows, in], W [out, in] (packed by attlas_cpu_linear_pack for the same isa), bias [out] or NULL, y [rows, out].
-// Sums run over the inputs in ascending order in fp32 (bf16 on machines with its dot product: pairs of inputs in ascending order).
+// Sums run over the inputs in ascending order in fp32 (bf16 on machines with its dot product: pairs of inputs in ascending order), in runs of
+// 128 steps whose sums are added in order.
 typedef struct {
   int64_t dtype, rows, in, out, threads, isa;
   const void* x;

@@ -77,6 +77,11 @@ def decided(dim: int, heads: int, mixers: tuple[Any, ...]) -> tuple[Transformer,
     raise AssertionError("rounding decides in every model")
 
 
+def test_what_is_fast_and_served_says_so():
+    served = {card.name for card in cards(supports=("decode", "causal"), min_level=3)}
+    assert served == {card.name for card in cards(min_level=4)}
+
+
 @pytest.mark.parametrize(("dim", "heads", "mixers"), [face[1:] for face in SERVED], ids=[face[0] for face in SERVED])
 @torch.inference_mode()
 def test_every_mechanism_that_decodes_is_served(dim: int, heads: int, mixers: tuple[Any, ...]):

@@ -51,7 +51,7 @@ CARDS = (
         reference="attlas.reference.content:reformer",
         op="attlas.ops.lsh:lsh_attention",
         mixer="attlas.nn.reformer:Reformer",
-        level=3,
+        level=4,
         example={**_SMALL, "chunk": 5, "rounds": 2, "buckets": 4},
         options_for={
             "causal": {"causal": True},

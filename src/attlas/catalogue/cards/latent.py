@@ -30,7 +30,7 @@ CARDS = (
         reference="attlas.reference.softmax:attention",
         op="attlas.ops.attention:attention",
         mixer="attlas.nn.latent:MultiHeadLatent",
-        level=3,
+        level=4,
         pattern=Causal(),
         example={
             "dim": 23, "num_heads": 3, "kv_lora_rank": 11, "q_lora_rank": 13, "qk_nope_head_dim": 5, "qk_rope_head_dim": 4,

@@ -97,7 +97,7 @@ CARDS = (
         reference="attlas.reference.multiscale:memory_compressed",
         op="attlas.ops.attention:attention",
         mixer="attlas.nn.compressed:MemoryCompressedAttention",
-        level=3,
+        level=4,
         example={**_SMALL, "factor": 3, "start": "first"},
         options_for={
             "bidirectional": {"causal": False, "start": "null"},
@@ -134,7 +134,7 @@ CARDS = (
         reference="attlas.reference.multiscale:synthesizer",
         op="attlas.ops.attention:attention",
         mixer="attlas.nn.synthesizer:Synthesizer",
-        level=3,
+        level=4,
         example={**_SMALL, "max_len": 43, "kinds": ("dense", "factorised-random"), "hidden": 5, "rank": 3},
         options_for={
             "causal": {"causal": True, "kinds": ("factorised-dense", "factorised-random", "dot-product")},
@@ -169,7 +169,7 @@ CARDS = (
         reference="attlas.reference.multiscale:lambda_layer",
         op="attlas.ops.scan:scan",
         mixer="attlas.nn.lambda_layer:LambdaLayer",
-        level=3,
+        level=4,
         example={"dim": 21, "num_heads": 3, "dim_k": 5, "dim_u": 2, "scope": 7},
         options_for={
             "causal": {"causal": True, "scope": 4},

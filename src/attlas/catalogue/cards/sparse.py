@@ -36,7 +36,7 @@ CARDS = (
             "rotary positions by default; the paper adds learned positions to the input instead (rope=False)",
         ),
         mixer="attlas.nn.longformer:longformer",
-        level=3,
+        level=4,
         pattern=Window(2, 2) | Global((0, 9)),
         example={**_SMALL, "window": 5, "tokens": (0, 1)},
         options_for={
@@ -72,7 +72,7 @@ CARDS = (
             "rotary positions by default; the paper adds learned positions to the input instead (rope=False)",
         ),
         mixer="attlas.nn.bigbird:bigbird",
-        level=3,
+        level=4,
         pattern=bigbird_mask(2, (0, -1), Random(1, 2, seed=3, span=8), causal=False, length=16),
         example={**_SMALL, "block": 3, "random_blocks": 2},
         options_for={"causal": {"causal": True}, "decode": {"causal": True}},

@@ -111,7 +111,8 @@ def dilated_window(
         dim, num_heads, mask=_causal(pattern, pattern.right), num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope,
         scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
     ).named("dilated-window")  # fmt: skip
-    mixer.pattern = pattern if causal and dilation > 1 else None
+    if causal and dilation > 1:
+        mixer.rearrange(dilation, window)
     return mixer
 
 

@@ -14,25 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attlas.masks import Causal, Dilated, Fixed, Local, Mask, Prefix, Window
+from attlas.masks import Causal, Fixed, Local, Mask, Prefix, Window
 from attlas.nn.attention import Attention
 from attlas.ops.merge import merge
 from attlas.shapes import AuxRequest
 
 _LSE = AuxRequest(lse=True)
-
-
-# Inside torch.compile a mask is a constant of the graph, which has to be made outside of what is traced.
-
-
-@torch.compiler.assume_constant_result
-def _last(count: int) -> Mask:
-    return Causal() & Window.last(count)
-
-
-@torch.compiler.assume_constant_result
-def _earlier() -> Mask:
-    return Causal() & ~Window.last(1)
+EARLIER: Mask = Causal() & ~Window.last(1)
 
 
 def to_classes(x: Tensor, period: int) -> Tensor:
@@ -55,14 +43,18 @@ class DilatedAttention(Attention):
     """Attention with the mask Causal() & Dilated(left, 0, dilation): a plain window inside each residue class of positions."""
 
     rearranges = True
-    pattern: Dilated | None = None  # None: always through the mask
+    dilation: int = 0  # 0: always through the mask
+    near: Mask  # the window inside a class. Made once: a mask is a constant of a graph that torch.compile traces
+
+    def rearrange(self, dilation: int, window: int) -> None:
+        """Compute by residue classes from now on: `window` keys of a token's own class, its own included."""
+        self.dilation, self.near = dilation, Causal() & Window.last(window)
 
     def _rearranged(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor | None:
-        if self.pattern is None or self.pattern.left is None or not q.numel():
+        if not self.dilation or not q.numel():
             return None
-        r, left = self.pattern.dilation, self.pattern.left
-        out = self.attend(*(to_classes(t, r) for t in (q, k, v)), mask=_last(left + 1), **options)
-        return from_classes(out, r, q.shape[1])
+        out = self.attend(*(to_classes(t, self.dilation) for t in (q, k, v)), mask=self.near, **options)
+        return from_classes(out, self.dilation, q.shape[1])
 
 
 class StridedAttention(Attention):
@@ -72,13 +64,18 @@ class StridedAttention(Attention):
 
     rearranges = True
     stride: int = 0  # 0: always through the mask
+    near: Mask
+
+    def rearrange(self, stride: int) -> None:
+        """Compute by window and residue classes from now on."""
+        self.stride, self.near = stride, Causal() & Window.last(stride)
 
     def _rearranged(self, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor | None:
         if not self.stride or not q.numel():
             return None
-        near, near_aux = self.attend(q, k, v, mask=_last(self.stride), return_aux=_LSE, **options)
+        near, near_aux = self.attend(q, k, v, mask=self.near, return_aux=_LSE, **options)
         classes = (to_classes(t, self.stride) for t in (q, k, v))
-        far, far_aux = self.attend(*classes, mask=_earlier(), return_aux=_LSE, **options)
+        far, far_aux = self.attend(*classes, mask=EARLIER, return_aux=_LSE, **options)
         far, far_lse = (from_classes(t, self.stride, q.shape[1]) for t in (far, far_aux.lse))
         return merge([(near, near_aux.lse), (far, far_lse)])[0]
 

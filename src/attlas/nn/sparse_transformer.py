@@ -49,7 +49,8 @@ def strided(
         dim, num_heads, mask=Causal() & pattern if causal else pattern, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope,
         scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
     ).named("strided")  # fmt: skip
-    mixer.stride = stride if causal and not per_head else 0
+    if causal and not per_head:
+        mixer.rearrange(stride)
     return mixer
 
 

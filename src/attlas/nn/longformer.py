@@ -162,11 +162,7 @@ class LongformerAttention(Attention):
         wide = wide.reshape(rows, count * self.num_heads, 1, self.dim)
         mask = _seen(tokens, self.num_heads, x.device) if self.causal else None
         source, scale = x.unsqueeze(2), self.head_dim**-0.5 if self.scale is None else self.scale
-        if mask is None and wide.requires_grad and self.impl == "auto" and x.dtype in (torch.float32, torch.float64):
-            scores = scale * wide.flatten(1, 2) @ x.mT  # a few rows: plain products have the cheaper backward pass
-            mean = scores.softmax(-1) @ x
-        else:
-            mean = self.attend(wide, source, source, mask=mask, scale=scale, impl=self.impl)
+        mean = self.attend(wide, source, source, mask=mask, scale=scale, impl=self.impl)
         mean = mean.view(rows, count, self.num_kv_heads, group, self.dim)
         out = torch.einsum("bghqc,hdc->bghqd", mean, up_v).flatten(2, 3)
         bias = self.v_global_proj.bias

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attlas.kernels.blocked.layout import MapLayout
-from attlas.masks import Blocks, Causal, Mask, PerHead, Random
+from attlas.masks import Blocks, Causal, Mask, PerHead, Random, Window
 from attlas.ops.attention import attention
 from attlas.shapes import AuxRequest
 from attlas.testing.budget import assert_budget
@@ -29,20 +29,31 @@ def layout_of(mask: Mask, tokens: int, size: int) -> MapLayout:
 
 def test_rows_are_shared_out_once():
     layout = layout_of(scattered(64 * 23, 64), 64 * 23, 64)
+    together, common = layout.shared_out(0, None)
+    assert not together and [row.q0 for row in common] == [0]
     for head in range(HEADS):
         gangs, rest = layout.shared_out(0, head)
         firsts = sorted([64 * i for g in gangs for i in g.rows.tolist()] + [row.q0 for row in rest])
-        assert firsts == list(range(0, 64 * 23, 64)) and len(gangs) > 1
+        assert firsts == list(range(64, 64 * 23, 64)) and len(gangs) > 1
         for gang in gangs:
             for i, cols in zip(gang.rows.tolist(), gang.cols.view(-1, gang.each).tolist(), strict=True):
                 row = layout.map.row(0, head, i)
                 assert cols == row[0].tolist() and (row[1] == -1).all()
+            assert gang.run is None or gang.rows.tolist() == list(range(*gang.run))
 
 
-@pytest.mark.parametrize("mask", [Causal(), PerHead((Causal(),) * HEADS)])
-def test_masked_pairs_are_left_to_single_rows(mask: Mask):
-    gangs, rest = layout_of(mask, 64 * 7, 64).shared_out(0, 0)
-    assert not gangs and [row.q0 for row in rest] == list(range(0, 64 * 7, 64))
+def test_masked_pairs_are_left_to_single_rows():
+    layout = layout_of(PerHead((Causal(), Causal(), Causal() & Window(128, 0))), 64 * 7, 64)
+    assert [row.q0 for row in layout.shared_out(0, None)[1]] == [0, 64]
+    for head in range(HEADS):
+        gangs, rest = layout.shared_out(0, head)
+        assert not gangs and [row.q0 for row in rest] == list(range(128, 64 * 7, 64))
+
+
+def test_heads_that_are_all_alike_are_worked_on_together():
+    layout = layout_of(PerHead((Causal(),) * HEADS), 64 * 7, 64)
+    assert [row.q0 for row in layout.shared_out(0, None)[1]] == list(range(0, 64 * 7, 64))
+    assert layout.heads == HEADS and all(layout.shared_out(0, head) == ((), ()) for head in range(HEADS))
 
 
 @pytest.mark.parametrize("tokens", [64 * 23, 64 * 23 - 5])

@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pytest
+import torch
 
 from attlas.catalogue.card import FAMILIES, LEVELS, Card
 from attlas.catalogue.index import build, card, cards
-from attlas.errors import OptionError, UnknownNameError
+from attlas.catalogue.kinds import fits, kinds
+from attlas.errors import OptionError, UnknownNameError, UnsupportedError
 from attlas.masks import Mask
 from attlas.nn.mixer import Mixer
 from attlas.registry import load_attr
@@ -109,3 +113,34 @@ def test_build() -> None:
 
 def test_cards_hash_and_compare() -> None:
     assert len({*ALL, *cards()}) == len(ALL)
+
+
+@pytest.mark.parametrize("c", cards(), ids=lambda c: c.name)
+def test_options_of_the_wrong_kind_are_refused(c: Card) -> None:
+    """Every option, with values of every kind that its annotation does not name."""
+    asked = {"dim": 26, **c.example}
+    for name, kind in kinds(c.factory).items():
+        for wrong in (1.5, "a word", object(), True):
+            if name in c.options and not fits(wrong, kind):
+                with pytest.raises(OptionError, match=rf"(?s){c.name}\(.*option '{name}' is .*, not "):
+                    c.build(**{**asked, name: wrong})
+
+
+def test_kinds() -> None:
+    assert fits(3, int | None) and fits(None, int | None) and not fits(3.0, int) and not fits(True, int)
+    assert fits(3, float) and not fits("3", float) and not fits(True, float)
+    assert fits(True, bool) and not fits(1, bool) and not fits(0, Literal[False, "all"])
+    assert fits("all", Literal[False, "all"]) and not fits("al", Literal[False, "all"])
+    assert fits((1, 2), Sequence[int]) and fits(range(3), Sequence[int]) and not fits((1, 2.5), Sequence[int])
+    assert not fits("12", Sequence[str]) and not fits(12, Sequence[int]) and fits(torch.ones(2), Sequence[int])
+    assert fits(object(), Callable[..., int])
+
+
+def test_what_cannot_be_causal_says_why() -> None:
+    sizes = {"linformer": {"max_len": 13}}
+    for name in ("linformer", "nystromformer"):
+        with pytest.raises(UnsupportedError, match=r"it has no causal form.*so it cannot decode"):
+            build(name, 26, 13, causal=True, **sizes.get(name, {}))
+    for name in ("clustered", "improved-clustered", "multi-resolution"):
+        with pytest.raises(UnsupportedError, match="no causal form"):
+            build(name, 26, 13, causal=True)

@@ -181,6 +181,12 @@ def test_show_prints_formula_files_and_pattern():
     assert "attlas/nn/patterns.py:" in text
 
 
+def test_show_says_what_letters_and_options_mean():
+    text = attlas("show", "bigbird").stdout
+    assert "d width of all heads together, d_h of one head" in text
+    assert "block          tokens per block" in text and "attlas.nn.attention.Attention" in text
+
+
 # ---- draw
 
 

@@ -193,6 +193,16 @@ def test_clustered_attention_is_its_definition(length: int, clusters: int, topk:
     assert_same(got, truth.clustered(q, k, v, bits, clusters, 2, topk), f"clusters={clusters}, topk={topk}")
 
 
+def test_clusters_do_not_depend_on_the_default_dtype() -> None:
+    bits = randn(3, 19, 11) > 0
+    want = hamming_kmeans(bits, 5, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(hamming_kmeans(bits, 5, 3), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_weights_of_clustered_attention_sum_to_one() -> None:
     q, k = randn(1, 43, 2, 5, seed=1), randn(1, 43, 2, 5, seed=2)
     ones, bits = torch.ones_like(q), sign_bits(q, randn(7, 6, seed=4))

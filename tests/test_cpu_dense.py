@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from attlas.cache import PartSpec
+from attlas.cache.store import KvDtype, make_store
 from attlas.errors import UnsupportedError
 from attlas.kernels.cpu.dense import PackedLinear, gate, norm_, rotate_and_store_, unsupported
 from attlas.kernels.cpu.library import ISA, status
@@ -114,6 +116,32 @@ def test_rotation_and_store(dtype: torch.dtype, interleaved: bool, turned: int |
     assert torch.equal(pages[1].flatten(0, 1)[slots], v)
     untouched = [i for i in range(21) if i not in slots.tolist()]
     assert (pages[0].flatten(0, 1)[untouched] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_storing_eight_bits_is_what_the_store_does(dtype: torch.dtype, kv_dtype: KvDtype):
+    heads, kv_heads, dim, tokens = 3, 2, 38, 11
+    spec = PartSpec("kv", (("k", (kv_heads, dim)), ("v", (kv_heads, dim))))
+    mine, theirs = (make_store(spec, 3, 8, dtype, torch.device("cpu"), kv_dtype) for _ in range(2))
+    for s in (mine, theirs):
+        for t in s.tensors:
+            t.zero_()
+    x = random(tokens, heads + 2 * kv_heads, dim, dtype=torch.float32) * 10.0 ** torch.arange(-6, 5)[:, None, None]
+    x = (x * 4.0 ** -(torch.arange(dim) % 7)).clamp(-6e4, 6e4).to(dtype)
+    x[4, heads:] = 0
+    x[6, heads, 3], x[7, -1, 0] = float("nan"), float("inf")
+    rope, positions = Rope(dim), torch.arange(tokens)
+    angles = tuple(t.flatten(1).contiguous() for t in rope.cos_sin(positions))
+    slots = torch.randperm(24, generator=torch.Generator().manual_seed(5))[:tokens]
+    turned = x.flatten(1).clone()
+    (k, v), scales = mine.held
+    rotate_and_store_(turned, heads, angles, False, (k, v), slots, scales)  # type: ignore[arg-type]
+    turned = turned.unflatten(1, (-1, dim))[:, heads:]
+    theirs.put(slots, (turned[:, :kv_heads], turned[:, kv_heads:]))
+    for got, want in zip(mine.gather(torch.arange(3)), theirs.gather(torch.arange(3)), strict=True):
+        assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 def test_without_rotation_keys_are_copied():

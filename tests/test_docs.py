@@ -38,6 +38,13 @@ def test_readme_python_runs_in_reading_order(capsys: pytest.CaptureFixture[str])
     assert "pairs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name == "converting.md"], ids=lambda p: p.name)
+def test_pages_of_python_run_in_reading_order(page: Path):
+    names: dict[str, object] = {}
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S), 1):
+        exec(compile(block, f"{page.name}, python block {number}", "exec"), names)
+
+
 def test_readme_command_lines_are_understood():
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("attlas ")]
     assert len(lines) >= 5

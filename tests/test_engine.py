@@ -182,12 +182,12 @@ def test_text_and_stop_texts():
 
 
 def test_a_shared_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch):
-    from attlas.engine import fused
+    from attlas.engine import fused_layers
 
     model, prefix = small(), prompt(290)
     prompts = [[*prefix, *prompt(3 + i, seed=i)] for i in range(4)]
     calls = []
-    monkeypatch.setattr(fused, "cascade_pages", lambda *a: calls.append(a[-1]) or real(*a))
+    monkeypatch.setattr(fused_layers, "cascade_pages", lambda *a: calls.append(a[-1]) or real(*a))
     real = cascade_pages
     got = {}
     for cascade in (False, True):

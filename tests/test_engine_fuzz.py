@@ -127,7 +127,7 @@ def drawn_options(r: random.Random, name: str, mode: str) -> EngineOptions:
         speculative=0 if name in SUMS else r.choice((0, 3)),
         batch_invariant=mode == "invariant",
         cascade=mode != "invariant" and r.random() < 0.5,
-        kv_dtype=r.choice((None, None, "int8")) if mode == "fp64" else None,
+        kv_dtype=r.choice((None, None, "int8")) if mode != "fast" else None,
     )
 
 

@@ -89,6 +89,20 @@ def test_hit_or_miss_preempted_or_not(name: str):
             assert_same(result, alone)
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("name", FAST)
+def test_eight_bit_pages_in_any_company(name: str, kv_dtype: str):
+    model = small(name)
+    prompts = {str(i): [*prompt(17), *prompt(3 + i % 37, seed=i)] for i in range(11)}
+    want = {k: logits_of(engine(model, batch_invariant=True, kv_dtype=kv_dtype), {k: prompts[k]}) for k in ("0", "5", "10")}
+    for options in ({"max_running": 11}, {"max_running": 3, "max_batched_tokens": 19}):
+        made = engine(model, batch_invariant=True, kv_dtype=kv_dtype, **options)
+        assert isinstance(made.runner, FusedRunner) and made.runner.invariant
+        got = logits_of(made, prompts)
+        for alone in want.values():
+            assert_same(got, alone)
+
+
 def test_forks_and_drafts():
     model = small("windows and full")
     params = replace(LONG, n=3, temperature=1.0, seed=3)
@@ -116,9 +130,20 @@ def test_other_mechanisms_go_token_by_token(name: str):
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_fused_forward_is_the_models(name: str, alone: bool, dtype: torch.dtype):
+    check_fused_forward(name, alone, dtype, None, 2e-5 if dtype == torch.float32 else 0.08)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("name", FAST)
+def test_the_fused_forward_over_eight_bits_is_the_models(name: str, kv_dtype: str):
+    """A number next to the middle between two codes may fall to either side: one step of 1/127 or 1/16."""
+    check_fused_forward(name, False, torch.float32, kv_dtype, 0.01 if kv_dtype == "int8" else 0.05)
+
+
+def check_fused_forward(name: str, alone: bool, dtype: torch.dtype, kv_dtype: str | None, limit: float) -> None:
     """Chunks, decode steps and mixtures of both, against the model's own forward on caches of its own."""
     model = small(name).to(dtype)
-    mine, theirs = (engine(model, max_running=3) for _ in range(2))
+    mine, theirs = (engine(model, max_running=3, kv_dtype=kv_dtype) for _ in range(2))
     fused, plain = FusedRunner(model, mine.cache.caches, alone=alone), Runner(model, theirs.cache.caches)
     rows = [[made.cache.admit([0]).row for _ in range(3)] for made in (mine, theirs)]  # type: ignore[union-attr]
     from attlas.shapes import SeqInfo
@@ -127,6 +152,5 @@ def test_the_fused_forward_is_the_models(name: str, alone: bool, dtype: torch.dt
         tokens = torch.tensor(prompt(sum(lengths), seed=step))
         with torch.inference_mode():
             got, want = (r._hidden(tokens, SeqInfo(lengths, ids=tuple(ids))) for r, ids in zip((fused, plain), rows, strict=True))
-        limit = 2e-5 if dtype == torch.float32 else 0.08
         assert (got.float() - want.float()).abs().max() < limit * want.float().abs().max()
     assert [p.lengths for c in mine.cache.caches for p in c.parts] == [p.lengths for c in theirs.cache.caches for p in c.parts]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from attlas.engine.detokenizer import Detokenizer
-from attlas.engine.tokenizer import Tokenizer, load_tokenizer
+from attlas.engine.tokenizer import Tokenizer
+from attlas.engine.tokenizer_files import load_tokenizer
 
 SPACE = "\u2581"
 TEXTS = [

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from attlas.engine.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
+from attlas.engine.tokenizer import ChatTemplate, Tokenizer
+from attlas.engine.tokenizer_files import load_tokenizer
 from attlas.errors import DataError, OptionError, UnsupportedError
 
 TEXTS = [

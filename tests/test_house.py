@@ -23,6 +23,7 @@ RANK = {
     "errors": -1,
     "shapes": 0,
     "registry": 0,
+    "numerics": 0,
     "masks": 1,
     "scores": 1,
     "reference": 2,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -121,6 +122,30 @@ def test_gradients_numerically():
         return merge(list(zip(xs[::2], xs[1::2], strict=True)))
 
     assert torch.autograd.gradcheck(joined, flat) and torch.autograd.gradgradcheck(joined, flat)
+
+
+def test_large_parts_give_the_bits_of_small_ones(monkeypatch):
+    """Beyond a size no copies are kept for the gradient: the same out, the same first gradients to the bit, the same second ones,
+    with rows that are empty in one part, whose out is NaN there, and rows that are empty in all."""
+    found = []
+    for small in (1 << 16, 0):
+        monkeypatch.setattr(sys.modules["attlas.ops.merge"], "_SMALL", small)
+        torch.manual_seed(3)
+        outs, lses = ([torch.randn(*shape, dtype=F64) for _ in range(3)] for shape in ((11, 7, 5), (11, 7)))
+        lses[0][:4], lses[1][2:6], lses[2][3:5] = -math.inf, -math.inf, -math.inf
+        outs[0][:4] = math.nan
+        leaves = [x.requires_grad_() for x in (*outs, *lses)]
+        joined = merge(list(zip(outs, lses, strict=True)))
+        first = torch.autograd.grad(loss(*joined), leaves, retain_graph=True)
+        again = torch.autograd.grad(loss(joined[0].sin(), joined[1]), leaves, create_graph=True)
+        assert all(x.isfinite().all() for x in again)
+        second = torch.autograd.grad(sum(x.square().sum() for x in again), leaves)
+        found.append((joined[0], *first, second))
+    *plain, plain_second = found[0]
+    *large, large_second = found[1]
+    assert all(torch.equal(a, b) for a, b in zip(plain, large, strict=True))
+    for got, want in zip(large_second, plain_second, strict=True):
+        assert_same(got, want, "second gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attlas.catalogue.index import build
 from attlas.errors import OptionError
-from attlas.masks import Window
+from attlas.masks import Grid, Window
 from attlas.scores import Softcap
 from attlas.shapes import SeqInfo
 from attlas.testing.budget import assert_same
@@ -121,6 +121,29 @@ def test_definition(case: str) -> None:
     x = randn(T, DIM)
     with torch.no_grad():
         assert_same(mixer(x[None])[0], by_hand(mixer, x, allowed, **how), case)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_summaries_of_every_head(causal: bool) -> None:
+    """fixed with columns: head h reads the two tokens of a block of 7 that end 2 (h mod 3) before its end."""
+    mixer = build("fixed", DIM, 5, head_dim=D, block=7, summary=(2, 3), causal=causal)
+    i, j = torch.arange(23)[:, None], torch.arange(23)
+    for h, seen in enumerate(mixer.describe_mask().dense(Grid.dense(23, 23), heads=5)[0]):
+        end = 7 - 2 * (h % 3)
+        want = (i // 7 == j // 7) | ((j % 7 >= end - 2) & (j % 7 < end))
+        assert torch.equal(seen, want & (j <= i) if causal else want), h
+    x = randn(2, 23, DIM, dtype=torch.float32)
+    cache = mixer.new_cache(2) if causal else None
+    if cache is not None:
+        steps = torch.cat([mixer(x[:, t : t + 1], cache=cache) for t in range(23)], 1)
+        assert (steps - mixer(x)).abs().max() < 1e-5
+    assert torch.equal(
+        build("fixed", DIM, 5, head_dim=D, block=7, summary=(2, 1)).describe_mask().to_bool(23, 23),
+        build("fixed", DIM, 5, head_dim=D, block=7, summary=2).describe_mask().to_bool(23, 23),
+    )
+    for bad in ((2, 4), (2, 0), (-1, 2)):
+        with pytest.raises(OptionError, match="summary \\(times columns\\)"):
+            build("fixed", DIM, 5, head_dim=D, block=7, summary=bad)
 
 
 def test_cross_definition() -> None:

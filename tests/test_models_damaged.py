@@ -15,11 +15,14 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from attlas.engine.tokenizer import load_tokenizer
+from attlas.engine.tokenizer_files import load_tokenizer
 from attlas.errors import AttlasError, DataError, OptionError
 from attlas.models.load import load_model
+from attlas.models.presets import config_from_hf
 from attlas.serve.load import byte_tokenizer
+from gguf_files import finish
 
 SIZES: dict[str, Any] = {"vocab_size": 257, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3}
@@ -68,7 +71,10 @@ def test_weights_that_do_not_fit_into_the_dtype_are_refused(folder: Path):
         load_model(folder, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "architectures"])
+NAMES = ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "hidden_act", "architectures"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-1, 1.5, "abc", [], {}, 10**12, True], ids=str)
 def test_a_configuration_that_makes_no_sense_is_a_sentence(folder: Path, name: str, value: Any):
     file = folder / "config.json"
@@ -79,6 +85,16 @@ def test_a_configuration_that_makes_no_sense_is_a_sentence(folder: Path, name: s
         assert str(error)
     else:
         assert (name, value) in [("architectures", []), ("architectures", {}), ("architectures", "abc")]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "deepseek_v3", "t5", "longformer", "led", "rwkv", "gpt2", "gptj"])
+@pytest.mark.parametrize("layers", [10, 10**12])
+def test_more_layers_than_tensors_are_refused_before_anything_is_built(model_type: str, layers: int):
+    names = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+    config = AutoConfig.for_model(model_type).to_dict() | dict.fromkeys(names, layers) | {"layer_types": None}
+    config |= {"max_window_layers": 0, "use_sliding_window": True, "sliding_window": 7}
+    with pytest.raises(DataError, match=f"_layers?={layers}, but the checkpoint holds 9 tensors"):
+        config_from_hf(config, tensors=9)
 
 
 @pytest.mark.parametrize(
@@ -106,19 +122,27 @@ def test_a_file_in_place_of_a_folder_and_a_name_in_place_of_a_path(folder: Path)
 # ---- GGUF
 
 
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+def write_gguf(path: Path, layers: int) -> None:
+    """A model of so many layers by its fields, and one tensor."""
     writer = GGUFWriter(str(path), "llama")
-    for name, value in (("block_count", 1), ("context_length", 64), ("embedding_length", 24), ("feed_forward_length", 40)):
+    writer.add_head_count(3)
+    for name, value in (("block_count", layers), ("context_length", 64), ("embedding_length", 24), ("feed_forward_length", 40)):
         writer.add_uint32(f"llama.{name}", value)
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(59)])
     writer.add_tensor("token_embd.weight", np.zeros((59, 24), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_gguf(path, 1)
     return path.read_bytes()
+
+
+def test_a_gguf_file_of_more_layers_than_tensors(tmp_path: Path):
+    write_gguf(tmp_path / "m.gguf", 2**32 - 1)
+    assert "=4294967295, but the checkpoint holds 1 tensors" in refused(tmp_path / "m.gguf")
 
 
 def test_a_gguf_file_that_is_cut_off_or_overwritten_is_a_sentence(gguf: bytes, tmp_path: Path):

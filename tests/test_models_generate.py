@@ -24,8 +24,8 @@ from attlas.models.generate import generate
 from attlas.models.sampling import filtered_probabilities, sample
 from attlas.models.transformer import Transformer
 from attlas.shapes import SeqInfo
+from engine_models import VOCAB, lively
 
-VOCAB = 89
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 HYBRIDS: dict[str, tuple[Any, ...]] = {
@@ -37,15 +37,6 @@ HYBRIDS: dict[str, tuple[Any, ...]] = {
         ("multi-query", {"bias": True}),
     ),
 }
-
-
-def lively(model: Transformer, seed: int = 0) -> Transformer:
-    """Weights large enough that attention is not uniform and every token counts."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.2 if p.ndim > 1 else 0.1))
-    return model
 
 
 def hybrid(name: str) -> Transformer:

@@ -17,6 +17,7 @@ from attlas.models.gguf import from_gguf, half_split_rows
 from attlas.models.presets import config_from_hf
 from attlas.models.transformer import Transformer
 from attlas.models.weights import empty_model, from_pretrained, load_hf_state_dict
+from gguf_files import finish, interleaved_rows, write_fields
 from hf_models import VOCAB, ours, randomise, theirs, tokens, transformers
 
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}
@@ -186,10 +187,6 @@ def test_empty_models_draw_no_random_numbers():
 # ---- GGUF -------------------------------------------------------------------------------------------------------------------
 
 
-def interleaved_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
 def write_gguf(
     path: Path, model: Any, *, tied: bool, architecture: str = "llama", drop: str = "", quantised: bool = True
 ) -> None:
@@ -198,14 +195,7 @@ def write_gguf(
 
     c, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    write_fields(writer, c)
     writer.add_vocab_size(c.vocab_size)
     names = {"embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm"}
     names |= {f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"} | {"self_attn.o_proj": "attn_output"}
@@ -228,10 +218,7 @@ def write_gguf(
             writer.add_tensor(theirs_name.removeprefix("model."), gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(theirs_name.removeprefix("model."), data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def small_llama(tied: bool) -> Any:

@@ -237,7 +237,16 @@ def test_synthetic_weights_do_not_look_at_the_other_tokens(kinds: str):
 
 
 def test_options_that_no_kind_reads_are_refused():
-    for bad in ({"kinds": "random", "hidden": 5}, {"rank": 3}, {"kinds": ("dense", "dense")}, {"kinds": "sparse"}, {"kinds": ()}):
+    for bad in (
+        {"kinds": "random", "hidden": 5},
+        {"rank": 3},
+        {"kinds": ("dense", "dense")},
+        {"kinds": "sparse"},
+        {"kinds": ()},
+        {"scale": 1.0},
+        {"combine": "sum"},
+        {"combine": "max"},
+    ):
         with pytest.raises(OptionError, match="synthesizer"):
             build("synthesizer", 22, 2, max_len=13, **bad)
     with pytest.raises(ShapeError, match="13 positions"):

@@ -41,7 +41,7 @@ def test_every_row_runs(tmp_path: Path):
     assert shared["measured"] == {"transformers": 7, "not sharing": 7} and shared["over transformers"] > 0
     assert rows["goodput"]["rates"][0]["kept"] == 1.0 and 0 < rows["goodput"]["waste"] < 1
     assert rows["goodput"]["highest_kept"] == 40 and rows["goodput"]["rates"][0]["requests"] == 5
-    assert 0 < rows["no hits"]["calls"]["off"] < rows["no hits"]["calls"]["on"] < 1 and rows["no hits"]["rounds"] == 40
+    assert all(0 < share < 1 for share in rows["no hits"]["calls"].values()) and rows["no hits"]["rounds"] == 40
     assert rows["cancelled"]["cancelled"] >= 60 and rows["cancelled"]["leaked"] == rows["cancelled"]["leaked_rows"] == 0
     assert 0 < result["agreement"]["bfloat16"]["agree"] <= result["agreement"]["bfloat16"]["places"] == 13 + 37 + 61 + 3 * 23
     text = bench_serve.table(result)

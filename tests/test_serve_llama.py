@@ -14,6 +14,7 @@ from attlas.errors import UnsupportedError
 from attlas.lab import serve_llama
 from attlas.lab.serve_llama import Files, LlamaBatch, LlamaServer, expand
 from attlas.lab.serve_load import Asked
+from gguf_files import finish
 
 
 def test_weights_are_expanded_for_llama_cpp(tmp_path: Path):
@@ -43,10 +44,7 @@ def write_gguf(path: Path) -> Path:
     matrix = rng.standard_normal((3, 64), dtype=np.float32)
     writer.add_tensor("blk.0.attn_q.weight", quantize(matrix, GGMLQuantizationType.Q4_1), raw_dtype=GGMLQuantizationType.Q4_1)
     writer.add_tensor("output_norm.weight", rng.standard_normal(7, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

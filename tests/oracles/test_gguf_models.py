@@ -14,6 +14,7 @@ from torch import Tensor
 from attlas.models.gguf import from_gguf
 from attlas.models.load import load_model
 from attlas.positions.scaling import Each
+from gguf_files import finish, interleaved_rows, write_fields
 from hf_models import GEMMA, LLAMA, randomise, tokens, transformers
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # norms are rounded where 1 is added to them
@@ -41,10 +42,6 @@ FILES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 }
 
 
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
 def rope_freqs(config: Any) -> Tensor:
     """What the frequencies of Llama 3 are divided by."""
     p, dim = config.rope_parameters, config.hidden_size // config.num_attention_heads
@@ -58,28 +55,6 @@ def rope_freqs(config: Any) -> Tensor:
         between = 1 / ((1 - smooth) / p["factor"] + smooth)
         found.append(1.0 if wave < short else p["factor"] if wave > long else between)
     return torch.tensor(found)
-
-
-def write_fields(writer: Any, c: Any) -> None:
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    rope = c.rope_parameters
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if getattr(c, "head_dim", None):
-        writer.add_key_length(c.head_dim)
-    if c.model_type.startswith("gemma"):
-        writer.add_sliding_window(c.sliding_window)
-    if c.model_type == "gemma2":
-        writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(c.final_logit_softcapping)
-    if c.model_type == "mixtral":
-        writer.add_expert_count(c.num_local_experts)
-        writer.add_expert_used_count(c.num_experts_per_tok)
 
 
 def pieces(key: str, value: Tensor) -> list[tuple[str, Tensor]]:
@@ -108,16 +83,13 @@ def write(path: Path, model: Any, architecture: str) -> Path:
             continue
         for name, value in pieces(key, whole):
             if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-                value = interleaved(value, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
+                value = interleaved_rows(value, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
             if architecture.startswith("gemma") and "norm" in name:
                 value = value + 1
             short = names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert short is not None, name
             writer.add_tensor(short, value.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -24,7 +24,7 @@ def nystromformer(length: int, landmarks: int, kernel: int | None) -> Any:
         conv_kernel_size=kernel or 1, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     theirs = lively(NystromformerSelfAttention(config))
-    # One coefficient per head: the default takes the largest over the whole batch, and the option for this one cannot be set.
+    # One coefficient per head; this option of theirs cannot be set. Its default, "original", is our start="batch".
     theirs.init_option = "exact"
     if kernel is None:
         theirs.conv_kernel_size, theirs.conv = None, None
@@ -42,6 +42,23 @@ def test_nystromformer(length: int, landmarks: int, kernel: int | None):
         pair.copy(theirs.conv.weight, "conv", convert=lambda w: (w[:, 0, :, 0],))
     pair.without_effect("k_proj.bias")  # it moves all keys and landmarks alike, which no softmax sees
     pair.must_agree(lambda x: out(theirs(x)[0]), mine, inputs(2, length, DIM), atol=1e-10)
+
+
+def test_nystromformer_with_one_start_for_the_batch():
+    """transformers' default. Two iterations, so that the start shows: theirs has six, and an argument for it."""
+    theirs, out = nystromformer(35, 5, 3), lively(nn.Linear(DIM, DIM), seed=3)
+    theirs.init_option, inverse = "original", theirs.iterative_inv
+    theirs.iterative_inv = lambda matrix: inverse(matrix, 2)
+    mine = build("nystromformer", DIM, HEADS, landmarks=5, conv_kernel=3, iterations=2, start="batch", bias=True)
+    pair = Pair(mine).linear(out, "o_proj")
+    for name in ("query", "key", "value"):
+        pair.linear(getattr(theirs, name), f"{name[0]}_proj")
+    pair.copy(theirs.conv.weight, "conv", convert=lambda w: (w[:, 0, :, 0],))
+    pair.without_effect("k_proj.bias")
+    x = inputs(2, 35, DIM)
+    pair.must_agree(lambda x: out(theirs(x)[0]), mine, x, atol=1e-10)
+    mine.shared = False
+    assert (mine(x) - out(theirs(x)[0])).abs().max() > 1e-4
 
 
 def test_nystromformer_does_not_depend_on_the_batch():

@@ -229,22 +229,24 @@ def synthesized(mine: Any, kind: str, x: Tensor, i: int, j: int, h: int) -> Tens
     if kind == "factorised-random":
         return mine.R1[i, h] @ mine.R2[j, h]
     q, k = (p(x).unflatten(-1, (HEADS, HEAD))[:, h] for p in (mine.q_proj, mine.k_proj))
-    return q[i] @ k[j] / math.sqrt(HEAD)
+    return q[i] @ k[j] * (1 / math.sqrt(HEAD) if mine.combine == "shares" else 1.0)
 
 
 KINDS = ["dense", "factorised-dense", "random", "fixed-random", "factorised-random", ("random", "dot-product", "dense")]
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kinds", KINDS)
-def test_synthesizer(kinds: Any, causal: bool):
-    mine = lively(build("synthesizer", DIM, HEADS, max_len=11, kinds=kinds, causal=causal, head_dim=HEAD))
+@pytest.mark.parametrize(
+    ("kinds", "options"), [*((kinds, {}) for kinds in KINDS), (("random", "dot-product"), {"combine": "sum", "scale": 1.0})]
+)
+def test_synthesizer(kinds: Any, options: dict[str, Any], causal: bool):
+    mine = lively(build("synthesizer", DIM, HEADS, max_len=11, kinds=kinds, causal=causal, head_dim=HEAD, **options))
     length = 7
 
     def loops(x: Tensor) -> Tensor:
         (v,) = projected(mine, x, "v")
-        logits = [1.0] if mine.mix_logits is None else list(mine.mix_logits.exp())
-        shares = [a / sum(logits) for a in logits]
+        logits = [] if mine.mix_logits is None else list(mine.mix_logits.exp())
+        shares = [a / sum(logits) for a in logits] or [1.0] * len(mine.kinds)
 
         def one(b: int, h: int) -> Tensor:
             rows = []

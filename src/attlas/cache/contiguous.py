@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from attlas.cache.part import Held, PartSpec, Table
-from attlas.cache.tokens import Span, TokenPart, allocate, axis_of, slices
-from attlas.errors import DataError
-
-FIRST_CAPACITY = 16
+from attlas.cache.tokens import Span, TokenPart, allocate, axis_of, grown, slices
 
 
 class ContiguousPart(TokenPart):
@@ -50,7 +47,7 @@ class ContiguousPart(TokenPart):
             return
         self._check_max_len([needed], self.max_len)
         used, old = max(self._lengths), self._storage
-        self._storage = self._allocate(max(needed, 2 * self.capacity, FIRST_CAPACITY))
+        self._storage = self._allocate(grown(self.capacity, needed))
         for target, source in zip(self._storage, old, strict=True):
             target[:, :used] = source[:, :used]
 
@@ -112,11 +109,7 @@ class ContiguousPart(TokenPart):
             self._lengths[row] = 0
 
     def _check_restorable(self, lengths: Sequence[int], gaps: Sequence[tuple[int, int]]) -> None:
-        for row, (a, b) in enumerate(gaps):
-            if b:
-                raise DataError(
-                    f"load into {self!r}: a contiguous part holds every token, row {row} lacks the positions {a} ... {b - 1}"
-                )
+        self._check_whole(gaps)
         self._check_max_len(lengths, self.max_len)
 
     def _restore(self, row: int, tensors: tuple[Tensor, ...]) -> None:

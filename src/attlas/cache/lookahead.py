@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from attlas.cache.part import Held, PartSpec
-from attlas.cache.tokens import Span, TokenPart, allocate, axis_of
-from attlas.errors import DataError, ShapeError, UnsupportedError
+from attlas.cache.tokens import Span, TokenPart, allocate, axis_of, grown
+from attlas.errors import ShapeError, UnsupportedError
 from attlas.shapes import SeqInfo, describe
-
-FIRST_CAPACITY = 16
 
 
 class LookaheadPart(TokenPart):
@@ -46,7 +44,7 @@ class LookaheadPart(TokenPart):
         held, old = self._lengths[row], self._storage[row]
         capacity = len(old[0])
         if needed > capacity:
-            self._storage[row] = self._allocate(max(needed, 2 * capacity, FIRST_CAPACITY))
+            self._storage[row] = self._allocate(grown(capacity, needed))
             for target, source in zip(self._storage[row], old, strict=True):
                 target[:held] = source[:held]
 
@@ -134,9 +132,7 @@ class LookaheadPart(TokenPart):
         self._fill(row, tensors)
 
     def _check_restorable(self, lengths: Sequence[int], gaps: Sequence[tuple[int, int]]) -> None:
-        for row, (a, b) in enumerate(gaps):
-            if b:
-                raise DataError(f"load into {self!r}: it holds every token, row {row} lacks the positions {a} ... {b - 1}")
+        self._check_whole(gaps)
         self._check_max_len(lengths, self.max_len)
 
     def nbytes(self) -> int:

@@ -60,10 +60,13 @@ class Table:
 
     tensors      [pages, page_size, ...] each, in the order of the spec; not a copy
     block_table  int32 [rows, blocks]
+    scales       where the tensors hold 8-bit numbers: fp32 [pages, page_size, ...] for each, without the last dimension; what is
+                 stored is number times scale. Else none
     """
 
     tensors: tuple[Tensor, ...]
     block_table: Tensor
+    scales: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,15 @@ class PageStore:
             return tuple(t[consecutive : consecutive + len(pages)] for t in self.tensors)
         return tuple(t.index_select(0, pages) for t in self.tensors)
 
+    @property
+    def held(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What a kernel reads: the tensors of the spec as they are stored, and their scales where they have any."""
+        return self.tensors, ()
+
     def table(self, block_table: Tensor) -> Table:
-        """The stored pages that a block table int32 [rows, blocks] refers to (-1 = none)."""
-        return Table(self.tensors, block_table)
+        """The stored pages that a block table int32 [rows, blocks] refers to (-1 = none); not a copy."""
+        tensors, scales = self.held
+        return Table(tensors, block_table, scales)
 
 
 class QuantisedStore(PageStore):
@@ -96,8 +102,8 @@ class QuantisedStore(PageStore):
     from here, so that how a prompt is cut into steps changes nothing; but for hyena and axial (combine="shifted"), which use
     the exact numbers within a step.
 
-    Cost: `put` quantises T tokens; a read dequantises the pages that it wants into a fresh tensor of the cache's dtype, which is
-    as many bytes as the plain cache would have been read with, and written once more: memory is saved, not time.
+    Cost: `put` quantises T tokens. The compiled core reads the 8-bit numbers themselves, so that a decode step moves the bytes
+    that are held; a `gather` dequantises the pages that it wants into a fresh tensor of the cache's dtype.
     """
 
     def __init__(
@@ -128,11 +134,10 @@ class QuantisedStore(PageStore):
         pairs = zip(stored[:half], stored[half:], strict=True)
         return tuple(code.view(self.code).float().mul_(scale.unsqueeze(-1)).to(self.dtype) for code, scale in pairs)
 
-    def table(self, block_table: Tensor) -> Table:
-        """A dequantised copy of the pages in the table, each once."""
-        pages, places = block_table.unique(return_inverse=True)
-        absent = int(bool(len(pages)) and bool(pages[0] < 0))
-        return Table(self._pick(pages[absent:], None), (places - absent).to(torch.int32))
+    @property
+    def held(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        half = len(self.spec.tensors)
+        return tuple(t.view(self.code) for t in self.tensors[:half]), self.tensors[half:]
 
 
 CODES: dict[str, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}

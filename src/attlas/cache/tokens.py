@@ -15,12 +15,18 @@ from attlas.masks.geometry import Axis, Segment
 from attlas.shapes import SeqInfo, describe
 
 Span = tuple[int | None, int | None]
+FIRST_CAPACITY = 16  # slots of a storage that grows
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised storage that can be written inside and outside of inference mode."""
     with torch.inference_mode(False):
         return large_pages(torch.empty(tuple(shape), dtype=dtype, device=device))
+
+
+def grown(capacity: int, needed: int) -> int:
+    """Slots of a storage that has to hold `needed` tokens: at least twice as many as before, so that a token is rarely copied."""
+    return max(needed, 2 * capacity, FIRST_CAPACITY)
 
 
 def axis_of(*runs: tuple[int, int]) -> Axis:
@@ -233,6 +239,12 @@ class TokenPart(Part):
             if t.shape != (total, *shape) or t.dtype != self.dtype:
                 raise DataError(f"{call}: {name} must be {[total, *shape]} {self.dtype}; got {describe(**{name: t})}")
         return lengths, gaps, tensors
+
+    def _check_whole(self, gaps: Sequence[tuple[int, int]]) -> None:
+        """For parts that drop nothing."""
+        for row, (a, b) in enumerate(gaps):
+            if b:
+                raise DataError(f"load into {self!r}: it holds every token, row {row} lacks the positions {a} ... {b - 1}")
 
     def _check_window(self, row: int, length: int, gap: tuple[int, int]) -> None:
         a, b = gap

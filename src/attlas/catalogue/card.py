@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from attlas.errors import OptionError
+from attlas.catalogue.kinds import fits, kinds
+from attlas.errors import OptionError, UnsupportedError
 from attlas.masks.expr import Mask
 from attlas.registry import load_attr, suggest
 from attlas.testing.subject import Subject
@@ -125,16 +126,23 @@ class Card:
         return f"{self.name}({', '.join(shown.values())})"
 
     def build(self, dim: int, num_heads: int | None = None, **options: Any) -> Any:
-        """Make the mixer; an option that it does not have, or lacks, is an OptionError that shows the signature."""
+        """Make the mixer; an option that it does not have, or lacks, or that is of the wrong kind, is an OptionError that shows
+        the signature. causal=True asked of a mechanism without a causal form is an UnsupportedError with the reason."""
         options = options if num_heads is None else {"num_heads": num_heads, **options}
         given = ", ".join(f"{k}={v!r}" for k, v in {"dim": dim, **options}.items())
         known = self.options
+        if options.get("causal") and "causal" not in known and "causal" not in self.supports:
+            raise UnsupportedError(f"{self.name}({given}): it has no causal form. Its cache: {self.cache}")
         for name in options:
             if name not in known:
                 raise OptionError(f"{self.name}({given}): no option {name!r}; {suggest(name, known)}\n  {self.signature()}")
         for name, parameter in known.items():
             if parameter.default is parameter.empty and name not in ("dim", *options):
                 raise OptionError(f"{self.name}({given}): option {name!r} is missing\n  {self.signature()}")
+        for name, value in {"dim": dim, **options}.items():
+            if not fits(value, kinds(self.factory).get(name, Any)):
+                wanted = known[name].annotation
+                raise OptionError(f"{self.name}({given}): option {name!r} is {value!r}, not {wanted}\n  {self.signature()}")
         return self.factory(dim, **options)
 
     def subject(self) -> Subject:

@@ -14,6 +14,10 @@ from attlas.cli.output import literal, show, table, write_json
 from attlas.masks.draw import to_text
 from attlas.registry import load_attr
 
+LETTERS = "n tokens; d width of all heads together, d_h of one head; h heads; unless the line says otherwise"
+SHARED = ("rope", "score_mod", "qk_norm", "attend")
+SHARED_AT = "attlas.nn.attention.Attention"
+
 
 def list_cards(*, family: str | None, level: int | None, supports: Sequence[str], markdown: bool, as_json: bool) -> None:
     found = cards(family=family, supports=supports, min_level=level or 0)
@@ -57,7 +61,7 @@ def show_card(name: str, *, size: int, as_json: bool) -> None:
     mask = pattern_of(c)
     picture = None if mask is None else to_text(mask, size, size)
     if as_json:
-        write_json({**c.to_dict(), "signature": c.signature(), "files": files, "picture": picture})
+        write_json({**c.to_dict(), "signature": c.signature(), "about": about(c), "files": files, "picture": picture})
         return
     facts = [
         ("formula", c.formula),
@@ -78,8 +82,18 @@ def show_card(name: str, *, size: int, as_json: bool) -> None:
     rows = table(("", ""), [(label, value) for label, value in facts if value])
     rows.show_header = False
     show(f"[bold]{literal(c.name)}[/bold]  {literal(c.summary)}\n", rows)
+    print(f"\n{LETTERS}")
+    if text := about(c):
+        print(f"\n{text}")
+    if any(name in SHARED for name in c.options):
+        print(f"\nOptions that softmax mechanisms share are described at {SHARED_AT}.")
     if picture is not None:
         print(f"\n{picture}")
+
+
+def about(c: Card) -> str:
+    """What the mechanism's factory says of itself and of its options, with their units."""
+    return "" if not c.mixer else inspect.getdoc(load_attr(c.mixer)) or ""
 
 
 def build_line(c: Card) -> str:

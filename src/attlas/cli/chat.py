@@ -96,21 +96,18 @@ class Conversation:
 
 def begin(request: Request) -> Conversation:
     """Load what the request names."""
-    import torch
-
     from attlas.engine.engine import Engine
     from attlas.engine.options import EngineOptions
-    from attlas.engine.tokenizer import load_tokenizer
-    from attlas.models.load import load_model, located
+    from attlas.engine.tokenizer_files import load_tokenizer
+    from attlas.models.load import dtype_of_weights, load_model, located
 
     if request.model is None:
         raise OptionError("name a model: attlas chat --model FOLDER or --model FILE.gguf")
-    if request.dtype not in ("bfloat16", "float32", "float16"):
-        raise OptionError(f"--dtype {request.dtype}: one of bfloat16, float32, float16")
+    dtype = dtype_of_weights(request.dtype)
     tokenizer = load_tokenizer(request.tokenizer or located(request.model))
     if tokenizer.chat is None:
         raise OptionError(f"{request.model} brings no chat template, so it does not know conversations; try attlas generate")
-    model = load_model(request.model, dtype=getattr(torch, request.dtype))
+    model = load_model(request.model, dtype=dtype)
     engine = Engine(model, tokenizer, options=EngineOptions(max_running=1, max_len=request.max_len))
     return Conversation(engine, tokenizer, request)
 

@@ -111,7 +111,7 @@ def ends(path: Path | None) -> list[int]:
 
 
 def codec(request: Request) -> Codec:
-    from attlas.engine.tokenizer import load_tokenizer
+    from attlas.engine.tokenizer_files import load_tokenizer
     from attlas.models.load import located
 
     if request.ids:

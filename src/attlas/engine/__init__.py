@@ -3,7 +3,8 @@
 from attlas.engine.engine import Engine
 from attlas.engine.options import EngineOptions
 from attlas.engine.request import EngineStats, Output, SamplingParams, TokenLogprobs
-from attlas.engine.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
+from attlas.engine.tokenizer import ChatTemplate, Tokenizer
+from attlas.engine.tokenizer_files import load_tokenizer
 
 __all__ = [
     "ChatTemplate",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from attlas.engine.letters import SPACE
 from attlas.engine.tokenizer import ChatTemplate, Tokenizer
 from attlas.errors import DataError, UnsupportedError
 from attlas.models.gguf import open_gguf
@@ -13,7 +14,6 @@ from attlas.registry import suggest
 # Kinds of tokens. Texts are split at those that are unknown, control or user-defined before anything else.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where a file of kind "llama" does not say
-SPACE = "\u2581"  # how SentencePiece spells a space
 
 # How texts are split into words before merging, by the file's name for it ("tokenizer.ggml.pre"): whether digits stand alone, and
 # the pattern of a word, None = that of GPT-2.
@@ -69,7 +69,7 @@ def _sentencepiece(tokens: list[str], scores: list[float] | None, kinds: list[in
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
-    if scores is None or not max(len(scores), len(kinds)) == min(len(scores), len(kinds)) == len(tokens):
+    if scores is None or {len(scores), len(kinds)} != {len(tokens)}:
         raise DataError(f"{path}: a tokenizer of kind 'llama' needs as many scores and token types as its {len(tokens)} tokens")
     ids = {text: i for i, text in enumerate(tokens)}
     whole = {text for text, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}

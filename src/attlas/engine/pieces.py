@@ -13,7 +13,8 @@ from attlas.kernels.cpu.attention import FEW_QUERIES
 from attlas.shapes import SeqInfo
 
 SHORT = 64  # tokens of a text; up to here each new token reads it alone, which is less work than a call for each sequence
-LONG = 512  # from here on larger pieces pay
+LONG = 512  # tokens of a text; beyond, larger pieces pay
+SMALL, LARGE = 32, 64  # tokens of a piece of texts up to there, and of longer ones
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,17 @@ def cut(seq: SeqInfo, *, alone: bool = False) -> Pieces:
 
 
 def _cuts(first: int, n: int, alone: bool) -> Iterator[tuple[int, int]]:
-    """(how many, of how many tokens)"""
-    each = 1 if alone or first + n <= SHORT else n if n <= FEW_QUERIES else 32 if first + n <= LONG else 64
-    for count, size in ((n // each, each), (1, n % each)) if n else ():
-        if count and size:
-            yield count, size
+    """(how many pieces, of how many tokens) of n tokens behind `first` others"""
+    each = _size(first, n, alone)
+    if n // each:
+        yield n // each, each
+    if n % each:
+        yield 1, n % each
+
+
+def _size(first: int, n: int, alone: bool) -> int:
+    if alone or first + n <= SHORT:
+        return 1
+    if 0 < n <= FEW_QUERIES:  # one call of the kernel's reads them together
+        return n
+    return SMALL if first + n <= LONG else LARGE

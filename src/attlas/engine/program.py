@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from ctypes import Structure
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from attlas.engine.fused_layers import FusedAttention, FusedFeedForward, FusedLayer, FusedNorm, Shared
 from attlas.kernels.cpu import dense
 from attlas.kernels.cpu.attention import FEW_QUERIES
-from attlas.kernels.cpu.launch import DTYPES, SPLIT
+from attlas.kernels.cpu.launch import CODES, DTYPES, SPLIT, set_scales
 from attlas.kernels.cpu.library import DecodeArgs, Stride
-
-if TYPE_CHECKING:
-    from attlas.engine.fused import FusedAttention, FusedFeedForward, FusedLayer, FusedNorm, Shared
 
 WIDE_SPLIT = 2048  # keys of one split where a piece has many queries: there are tasks enough, and joining splits costs more
 
@@ -96,8 +93,9 @@ class Program:
         a.causal, a.window_left, a.num_sinks = int(see.causal), -1 if see.left is None else see.left, see.sinks
         a.alibi = None if rule.alibi is None else rule.alibi.data_ptr()
         a.sink = None if rule.sink is None else rule.sink.data_ptr()
-        k, v = attention.part.store.tensors
+        (k, v), scales = attention.part.store.held
         a.page_size, a.sk, a.sv = k.shape[1], Stride(*k.stride()[:3]), Stride(*v.stride()[:3])
+        set_scales(a, k, scales)
         a.sq, a.so = Stride(0, wide, dim), Stride(0, heads * dim, dim)
         return a
 
@@ -153,8 +151,11 @@ class Program:
         angles = shared.turn(attention.mixer.rope)
         if angles is not None:
             rotate.cos, rotate.sin = angles[0].data_ptr(), angles[1].data_ptr()
-        k, v = (t.data_ptr() for t in part.store.tensors)
+        stored, scales = part.store.held
+        k, v = (t.data_ptr() for t in stored)
         rotate.k, rotate.v = k, v
+        if scales:
+            rotate.kv_dtype, rotate.k_scale, rotate.v_scale = CODES[stored[0].dtype], *(t.data_ptr() for t in scales)
         table = shared.table(part)
         blocks, entries, ends = table.shape[1], table.data_ptr(), pieces.ends.data_ptr()
         q, out, lse = (self.buffers[name].data_ptr() for name in ("qkv", "attended", "lse"))
@@ -169,6 +170,7 @@ class Program:
             read.q, read.out, read.lse = q + first * wide, out + first * narrow, lse + 4 * run.at * heads
             read.sq.batch, read.so.batch = run.each * wide, run.each * narrow
             read.k, read.v, read.max_blocks = k, v, blocks
+            read.k_scale, read.v_scale = rotate.k_scale, rotate.v_scale
             read.block_table, read.lengths = entries + 4 * run.piece * blocks, ends + 8 * run.piece
 
     def _scratch(self, runs: int) -> None:

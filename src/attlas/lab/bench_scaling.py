@@ -50,7 +50,7 @@ def run(
     lengths        of the growth; the exponent is fitted to the four longest
     peer_lengths   of the comparison with transformers, multiples of 512
     decode_tokens  cached tokens before a decoded one
-    repeats        timed rounds
+    repeats        timed rounds; of the growth 2 repeats + 1
     max_seconds    no new round of one mechanism at one length begins after this
     memory         also measure peak memory beside transformers, at the first of peer_lengths
     picture        an HTML file for the plots of the growth

@@ -119,7 +119,8 @@ def mechanism(text: str, options: CompareOptions) -> Mechanism:
     made = Mechanism(label, entry.name, tuple(sorted(chosen.items())), entry.to_dict())
     for dim in {options.dim, options.layer_width}:
         if not made.build(dim, options.heads).causal:
-            raise UnsupportedError(f"{text!r} cannot be a causal language model: with these options it sees later tokens")
+            hint = f"; try {text}:causal=True" if "causal" in entry.options and "causal" not in given else ""
+            raise UnsupportedError(f"{text!r} cannot be a causal language model: with these options it sees later tokens{hint}")
     return made
 
 

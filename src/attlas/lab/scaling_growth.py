@@ -116,6 +116,7 @@ def results(module: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
 def measure(entry: Card, lengths: Sequence[int], repeats: int, max_seconds: float) -> dict[str, Any]:
     """Forward, and forward and backward to the input and all weights, at every length in turns; exponents over all lengths.
 
+    2 repeats + 1 rounds: what an exponent says hangs on the longest length, and of three samples of it two are easily disturbed.
     What is made once for a length and kept (compiled masks) is made before, and told as `first_seconds`: the first forward at the
     longest length less a later one.
     """
@@ -127,7 +128,7 @@ def measure(entry: Card, lengths: Sequence[int], repeats: int, max_seconds: floa
     calls: dict[str, Thunk] = {}
     for n, x in inputs.items():
         calls |= {f"forward {n}": forward(mixer, x), f"training {n}": training(mixer, x)}
-    times = time_interleaved(calls, repeats, min_sample=0, max_seconds=max_seconds)
+    times = time_interleaved(calls, 2 * repeats + 1, min_sample=0, max_seconds=max_seconds)
     row: dict[str, Any] = {"name": entry.name, "claim": entry.time, "lengths": list(lengths)}
     for what in ("forward", "training"):
         seconds = [times[f"{what} {n}"].median for n in lengths]

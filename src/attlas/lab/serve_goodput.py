@@ -5,6 +5,7 @@ Source of the term: DistServe, Zhong et al. 2024, arXiv 2401.09670: requests a s
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from attlas.engine.engine import Engine
@@ -24,19 +25,17 @@ def goodput(served: Subject, sizes: Sizes, tick: Tick) -> Row:
     """A table over rates: the share of requests that keeps the promise, and how many a second. Where no rates are given they
     begin at the one at which requests that are all there at once are answered, and rise until too few keep the promise."""
     longest = 2048 if sizes.scale >= 0.5 else 512
-    full, rates = None, list(sizes.rates)
-    if not rates:
+    turns = 1 + (len(sizes.rates) or MOST)
+    full = None
+    if not sizes.rates:
         at_once = conversations(ROWS, served.vocabulary, seed=3, longest=longest, scale=sizes.scale)
-        full = ROWS / drive(_engine(served, longest), at_once, lambda share: tick(share / (MOST + 1))).seconds
-        rates = [full * share for share in FIRST]
+        full = ROWS / drive(_engine(served, longest), at_once, partial(_part, tick, 0, turns)).seconds
     table: list[Row] = []
-    for i, rate in enumerate(rates):  # grows on the way
+    for rate in sizes.rates if full is None else _rising(full, table):
         count = max(FEWEST, round(rate * sizes.seconds))
         talks = conversations(count, served.vocabulary, seed=5, longest=longest, scale=sizes.scale)
-        part = partial(_part, tick, i + 1, 1 + (MOST if full else len(rates)))
+        part = partial(_part, tick, len(table) + 1, turns)
         table.append({"rate": rate, **promise(drive(_engine(served, longest), poisson(talks, rate, seed=7), part), rate)})
-        if full and i + 1 == len(rates) < MOST and table[-1]["kept"] >= KEPT:
-            rates.append(STEP * rate)
     waste, served_rates = max(r["waste"] for r in table), [r["rate"] for r in table if r["kept"] >= KEPT]
     return {
         "slo": {"first_token": TTFT_SLO, "per_token": TPOT_SLO},
@@ -47,6 +46,14 @@ def goodput(served: Subject, sizes: Sizes, tick: Tick) -> Row:
         "waste": waste,
         "bars": [bar("waste", waste, most=0.04)],
     }
+
+
+def _rising(full: float, table: Sequence[Row]) -> Iterator[float]:
+    """Rates below and above `full`, and then higher ones for as long as the last row of the table keeps the promise."""
+    for share in FIRST:
+        yield full * share
+    while len(table) < MOST and table[-1]["kept"] >= KEPT:
+        yield STEP * table[-1]["rate"]
 
 
 def _engine(served: Subject, longest: int) -> Engine:

@@ -26,7 +26,7 @@ from attlas.errors import UnsupportedError
 from attlas.lab.serve_load import Asked
 
 BATCH, PADDED = 2048, 256  # tokens of one call; lengths of sequences come in steps of this (llama.cpp's own defaults)
-SECONDS_TO_START = 60.0
+SECONDS_TO_START, SECONDS_TO_ANSWER = 60.0, 600.0
 
 
 class Peer(Protocol):
@@ -115,6 +115,11 @@ class Files:
         return min(found)
 
 
+def padded(tokens: int) -> int:
+    """Room that llama.cpp makes for a sequence of so many tokens."""
+    return -(-tokens // PADDED) * PADDED
+
+
 class LlamaServer:
     """`llama-server` with one slot for each row; prompts as token ids over HTTP, one connection for each request."""
 
@@ -123,22 +128,29 @@ class LlamaServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        binary, threads, each = server(), str(torch.get_num_threads()), -(-tokens // PADDED) * PADDED
-        assert binary is not None
-        options: tuple[object, ...] = (
-            "--parallel",
-            rows,
-            "--ctx-size",
-            rows * each,
-            "--threads",
-            threads,
-            "--threads-batch",
-            threads,
-        )
-        options += ("--host", "127.0.0.1", "--port", self.port, "--cache-ram", 0, "--cont-batching", "--offline")
-        command = [binary, "--model", str(file), *map(str, options)]
+        command = self._command(file, rows, tokens)
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._wait()
+
+    def _command(self, file: Path, rows: int, tokens: int) -> list[str]:
+        binary, threads = server(), torch.get_num_threads()
+        assert binary is not None
+        options = {
+            "model": file,
+            "parallel": rows,
+            "ctx-size": rows * padded(tokens),
+            "threads": threads,
+            "threads-batch": threads,
+            "host": "127.0.0.1",
+            "port": self.port,
+            "cache-ram": 0,  # nothing is kept from the call before
+        }
+        return [
+            binary,
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+            "--cont-batching",
+            "--offline",
+        ]
 
     def _wait(self) -> None:
         until = time.monotonic() + SECONDS_TO_START
@@ -151,7 +163,7 @@ class LlamaServer:
         raise UnsupportedError(f"bench serve: {server()} does not start; take it off PATH to measure without it")
 
     def _call(self, verb: str, path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS_TO_ANSWER)
         try:
             headers = {"Content-Type": "application/json"}
             connection.request(verb, path, None if body is None else json.dumps(body), headers)
@@ -188,7 +200,7 @@ class LlamaBatch:
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.n_batch = rows * -(-tokens // PADDED) * PADDED, rows, BATCH
+        params.n_ctx, params.n_seq_max, params.n_batch = rows * padded(tokens), rows, BATCH
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         self.context = llama_cpp.llama_init_from_model(self.model, params) if self.model else None
         if self.context is None:

@@ -9,6 +9,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from attlas.engine.engine import Engine
 from attlas.lab.measure import Timing, time_interleaved
 from attlas.lab.serve_load import Asked, drive, greedy, random_prompt
 from attlas.lab.serve_subject import Subject, tiny
@@ -135,10 +136,8 @@ def shared_prefix(served: Subject, sizes: Sizes, tick: Tick) -> Row:
     tick(0.6)
     theirs, measured = static_batches(served, [a.prompt for a in asked], new)
     seconds = {"attlas": run.seconds, "transformers": theirs, "not sharing": plain.seconds * len(asked) / len(plain.records)}
-    computed, least = (
-        stats.prompt_tokens - stats.cached_tokens,
-        sum(len(a.prompt) for a in asked) - (len(asked) - 1) * sizes.prefix,
-    )
+    computed = stats.prompt_tokens - stats.cached_tokens
+    least = sum(len(a.prompt) for a in asked) - (len(asked) - 1) * sizes.prefix
     ratios = over(seconds)
     return {
         "seconds": seconds,
@@ -159,7 +158,7 @@ def shared_prefix(served: Subject, sizes: Sizes, tick: Tick) -> Row:
     }
 
 
-def first_tokens(served: Subject, engine: Any, rng: random.Random, sizes: Sizes) -> tuple[float, float]:
+def first_tokens(served: Subject, engine: Engine, rng: random.Random, sizes: Sizes) -> tuple[float, float]:
     """Median seconds to the first token: of a prompt whose prefix nobody had, and of the next one that has it."""
     waits: tuple[list[float], list[float]] = ([], [])
     for turn in range(2 * sizes.repeats):

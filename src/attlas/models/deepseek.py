@@ -65,7 +65,7 @@ def _known(c: Fields, name: str, *values: str) -> str:
 
 
 def _model(c: Fields, router: RouterConfig, first: int, *, interleaved: bool) -> TransformerConfig:
-    depth, act = c.need("num_hidden_layers"), activation(c, "hidden_act", "silu")
+    depth, act = c.depth("num_hidden_layers"), activation(c, "hidden_act", "silu")
     turned = rope(c, c.need("qk_rope_head_dim"), interleaved=interleaved)
     mixer = {n: c.need(n) for n in SIZES} | {"q_lora_rank": c.get("q_lora_rank"), "rope": turned}
     dense = FeedForwardConfig(c.need("intermediate_size"), act, bias=c.get("mlp_bias", default=False))

@@ -74,7 +74,8 @@ class Architecture:
     interleaved  rows of the query and key maps are stored for interleaved rotary pairs
     offset       norms are stored as 1 + w
     local_base   rotary base of layers with a window, which the file leaves to the reader
-    large        layers of that size of the family whose scale is (dim / num_heads) ** -0.5 and not head_dim ** -0.5; 0 = none
+    largest      layers of the one model of the family that scales scores by (dim / num_heads) ** -0.5 and not by
+                 head_dim ** -0.5, which the file leaves to the reader; 0 = the file is for a family where none does
     """
 
     model_type: str
@@ -82,15 +83,15 @@ class Architecture:
     interleaved: bool = False
     offset: bool = False
     local_base: float | None = None
-    large: int = 0
+    largest: int = 0
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", NAMES, interleaved=True),
     "qwen2": Architecture("qwen2", NAMES),
     "qwen3": Architecture("qwen3", NAMES),
-    "gemma2": Architecture("gemma2", GEMMA_NAMES, offset=True, large=46),
-    "gemma3": Architecture("gemma3_text", GEMMA_NAMES, offset=True, large=62, local_base=10000.0),
+    "gemma2": Architecture("gemma2", GEMMA_NAMES, offset=True, largest=46),
+    "gemma3": Architecture("gemma3_text", GEMMA_NAMES, offset=True, largest=62, local_base=10000.0),
 }
 
 
@@ -104,12 +105,12 @@ def from_gguf(path: str | Path, *, dtype: torch.dtype | None = None, device: tor
     reader = open_gguf(Path(path))
     name = _value(reader, "general.architecture")
     if name not in ARCHITECTURES:
-        raise UnsupportedError(f"GGUF architecture {name!r} is not supported; known: {', '.join(ARCHITECTURES)}")
+        raise UnsupportedError(f"{path}: GGUF architecture {name!r} is not supported; known: {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
-    fields = _fields(reader, name)
+    fields = _fields(reader, name, architecture)
     model_type = "mixtral" if fields.get("num_local_experts") else architecture.model_type
     tied = all(t.name != "output.weight" for t in reader.tensors)
-    config = config_from_hf({**fields, "model_type": model_type, "tie_word_embeddings": tied})
+    config = config_from_hf({**fields, "model_type": model_type, "tie_word_embeddings": tied}, tensors=len(reader.tensors))
     model = empty_model(config, dtype=dtype, device=device)
     loader = Loader(model, PRESETS[model_type])
     for key, tensor in _tensors(reader, config, architecture):
@@ -137,16 +138,16 @@ def _value(reader: Any, key: str) -> Any:
     return float(f"{found:.7g}") if isinstance(found, float) else found  # stored in fp32: 1e-6, not 9.99999997e-07
 
 
-def _fields(reader: Any, name: str) -> dict[str, Any]:
+def _fields(reader: Any, name: str, architecture: Architecture) -> dict[str, Any]:
+    """The fields of a transformers configuration, as far as they are known."""
     found = {theirs: _value(reader, f"{name}.{ours}") for ours, theirs in FIELDS.items()}
     if found["vocab_size"] is None:
         found["vocab_size"] = int(_tensor(reader, "token_embd.weight").shape[1])
     found["rope_scaling"] = _scaling(reader, name)
-    architecture, heads = ARCHITECTURES[name], found["num_attention_heads"]
-    if architecture.large and heads:
-        wide = found["num_hidden_layers"] == architecture.large or not found["head_dim"]
-        found["query_pre_attn_scalar"] = found["hidden_size"] // heads if wide else found["head_dim"]
-        found["rope_local_base_freq"] = architecture.local_base
+    found["rope_local_base_freq"] = architecture.local_base
+    if architecture.largest and found["num_attention_heads"]:
+        by_width = found["num_hidden_layers"] == architecture.largest or not found["head_dim"]
+        found["query_pre_attn_scalar"] = found["hidden_size"] // found["num_attention_heads"] if by_width else found["head_dim"]
     return {k: v for k, v in found.items() if v is not None}
 
 

@@ -21,10 +21,10 @@ _ACTIVATIONS = {
 
 
 class Fields:
-    """The fields of one configuration. `max_len` is what the caller of `config_from_hf` gave."""
+    """The fields of one configuration. `max_len` and `tensors` are what the caller of `config_from_hf` gave."""
 
-    def __init__(self, values: Mapping[str, Any], max_len: int | None = None) -> None:
-        self.values, self.max_len = values, max_len
+    def __init__(self, values: Mapping[str, Any], max_len: int | None = None, tensors: int | None = None) -> None:
+        self.values, self.max_len, self.tensors = values, max_len, tensors
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of the named fields that is there and not null."""
@@ -38,6 +38,18 @@ class Fields:
         if value is None:
             raise DataError(f"{self.values.get('model_type', 'model')} configuration: field {' or '.join(names)} is missing")
         return value
+
+    def depth(self, *names: str) -> int:
+        """A number of layers. Refused where it cannot be that of the checkpoint, before anything is made for each of them."""
+        found = self.need(*names)
+        if type(found) is not int:
+            raise DataError(f"{self.need('model_type')} configuration: {names[0]}={found!r} must be a whole number")
+        if self.tensors is not None and found > self.tensors:
+            raise DataError(
+                f"{self.need('model_type')} configuration: {names[0]}={found}, but the checkpoint holds {self.tensors} tensors, "
+                "and every layer needs one of its own at least"
+            )
+        return found
 
     def refuse(self, **unknown: tuple[Any, ...]) -> None:
         """Raise UnsupportedError when a field has one of the values that no preset covers."""

@@ -16,6 +16,7 @@ from attlas.cache.layer import Cache
 from attlas.models.config import FeedForwardConfig, NormConfig, StackConfig
 from attlas.nn.mixer import Mixer
 from attlas.nn.rwkv import ChannelMix
+from attlas.numerics import wide_dtype, widened
 from attlas.shapes import SeqInfo
 
 
@@ -42,7 +43,7 @@ class UnitOffsetRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
+        (wide,) = widened(x)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (scaled * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
 
@@ -77,11 +78,15 @@ class FeedForward(nn.Module):
         return 2 * tokens * sum(m.weight.numel() for m in (self.gate, self.up, self.down) if m is not None)
 
 
+TINY = 1e-20  # what a sum of sigmoids is kept above: all may be 0
+
+
 class Router(nn.Module):
     """Which experts serve a token, and with what weights; `RouterConfig` says how. Computed in fp32 at least.
 
     s = softmax or sigmoid of `weight` x; the experts with the largest s + correction among those of the best groups are chosen;
-    their weights are s (over the sum of those of the chosen ones), times a factor.
+    their weights are s (over the sum of those of the chosen ones), times a factor. Cost: 2 experts dim flops a token. Sources:
+    see `RouterConfig`.
     """
 
     correction: Tensor | None
@@ -94,7 +99,7 @@ class Router(nn.Module):
 
     def forward(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, dim] -> weights and indices [T, k]."""
-        config, wide = self.config, torch.promote_types(flat.dtype, torch.float32)
+        config, wide = self.config, wide_dtype(flat.dtype)
         logits = F.linear(flat.to(wide), self.weight.to(wide))
         scores = logits.softmax(-1) if config.score == "softmax" else logits.sigmoid()
         ranks = scores if self.correction is None else scores + self.correction
@@ -103,7 +108,7 @@ class Router(nn.Module):
         chosen = ranks.topk(self.per_token, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if config.normalised:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
+            weights = weights / (weights.sum(-1, keepdim=True) + TINY)
         return (weights * config.scale).to(flat.dtype), chosen
 
     def _best_groups(self, ranks: Tensor) -> Tensor:

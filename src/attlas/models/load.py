@@ -5,12 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attlas.errors import AttlasError, DataError
+from attlas.errors import AttlasError, DataError, OptionError
+from attlas.registry import suggest
 
 if TYPE_CHECKING:
     import torch
 
     from attlas.models.transformer import Transformer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def dtype_of_weights(name: str) -> torch.dtype:
+    """The dtype that `--dtype name` asks for."""
+    import torch
+
+    if name not in DTYPES:
+        raise OptionError(f"--dtype {name}: {suggest(name, DTYPES)}")
+    return getattr(torch, name)
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> Transformer:

@@ -63,7 +63,7 @@ def bert_like(c: Fields, mixers: tuple[MixerConfig, ...], offset: int, act: str,
         c.need("hidden_size"),
         c.need("num_attention_heads"),
         encoder=StackConfig(
-            c.need("num_hidden_layers"),
+            c.depth("num_hidden_layers"),
             mixers,
             FeedForwardConfig(c.need("intermediate_size"), act, gated=False, bias=True),
             NormConfig("layer", c.get("layer_norm_eps", default=1e-12)),
@@ -84,7 +84,7 @@ def bert_like(c: Fields, mixers: tuple[MixerConfig, ...], offset: int, act: str,
 def longformer(c: Fields) -> TransformerConfig:
     """RoBERTa with windows; the extra layer of its head is always a gelu."""
     c.refuse(**REFUSED)
-    mixers = _windows(c, c.need("num_hidden_layers"), c.need("num_attention_heads"))
+    mixers = _windows(c, c.depth("num_hidden_layers"), c.need("num_attention_heads"))
     return bert_like(c, mixers, c.get("pad_token_id", default=1) + 1, activation(c, "hidden_act", "gelu"), "gelu")
 
 
@@ -110,12 +110,12 @@ def led(c: Fields) -> TransformerConfig:
 
     def stack(side: str, mixers: tuple[MixerConfig, ...], cross: MixerConfig | None) -> StackConfig:
         ffn = FeedForwardConfig(c.need(f"{side}_ffn_dim"), act, gated=False, bias=True)
-        depth = c.need(f"{side}_layers")
+        depth = c.depth(f"{side}_layers")
         return StackConfig(depth, mixers, ffn, norm, norm_position="post", final_norm=False, cross=cross)
 
     heads = c.need("decoder_attention_heads")
     own, cross = MixerConfig("causal", {"rope": False, "bias": True}), MixerConfig("cross", {"bias": True})
-    windows = _windows(c, c.need("encoder_layers"), c.need("encoder_attention_heads"))
+    windows = _windows(c, c.depth("encoder_layers"), c.need("encoder_attention_heads"))
     return TransformerConfig(
         "encoder-decoder",
         c.need("vocab_size"),

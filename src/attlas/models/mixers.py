@@ -24,7 +24,7 @@ def build_mixer(config: MixerConfig, dim: int, num_heads: int) -> Mixer:
 
 def _value(value: Any, num_heads: int) -> Any:
     if isinstance(value, AlibiConfig):
-        return Alibi(Alibi.for_heads(num_heads).slopes * value.factor)
+        return Alibi(Alibi.for_heads(num_heads, device="cpu").slopes * value.factor)
     if isinstance(value, RelativeBiasConfig):
         table = torch.zeros(value.buckets, num_heads, requires_grad=True)
         return RelativeBias(table, bidirectional=value.bidirectional, max_distance=value.max_distance)

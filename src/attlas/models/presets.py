@@ -61,12 +61,15 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def config_from_hf(config: Mapping[str, Any] | HasToDict, *, max_len: int | None = None) -> TransformerConfig:
+def config_from_hf(
+    config: Mapping[str, Any] | HasToDict, *, max_len: int | None = None, tensors: int | None = None
+) -> TransformerConfig:
     """The configuration of a transformers model, from its configuration object or the contents of its config.json.
 
-    `max_len` is the longest sequence that will be run; only dynamic NTK rotary scaling depends on it (None = the trained length).
+    max_len  the longest sequence that will be run; only dynamic NTK rotary scaling depends on it (None = the trained length)
+    tensors  how many there are in the checkpoint; a configuration of more layers is a DataError (None = not known)
     """
-    fields = Fields(config if isinstance(config, Mapping) else config.to_dict(), max_len)
+    fields = Fields(config if isinstance(config, Mapping) else config.to_dict(), max_len, tensors)
     made = preset(fields.need("model_type")).config(fields)
     turned = [m.given["rope"] for m in made.main.mixers if isinstance(m.given.get("rope"), Rope)]
     limits = [n for n in (longest(fields, rope) for rope in turned) if n is not None]
@@ -85,7 +88,7 @@ def _gpt2(c: Fields) -> TransformerConfig:
         dim,
         c.need("n_head"),
         decoder=StackConfig(
-            c.need("n_layer"),
+            c.depth("n_layer"),
             (MixerConfig("causal", {"rope": False, "bias": True}),),
             FeedForwardConfig(
                 c.get("n_inner") or 4 * dim, activation(c, "activation_function", "gelu_new"), gated=False, bias=True
@@ -106,7 +109,7 @@ def _gptj(c: Fields) -> TransformerConfig:
         dim,
         heads,
         decoder=StackConfig(
-            c.need("n_layer"),
+            c.depth("n_layer"),
             (MixerConfig("causal", {"rope": turned}),),
             FeedForwardConfig(
                 c.get("n_inner") or 4 * dim, activation(c, "activation_function", "gelu_new"), gated=False, bias=True
@@ -127,7 +130,7 @@ def _gpt_neox(c: Fields) -> TransformerConfig:
         dim,
         heads,
         decoder=StackConfig(
-            c.need("num_hidden_layers"),
+            c.depth("num_hidden_layers"),
             (MixerConfig("causal", {"rope": turned, "bias": c.get("attention_bias", default=True)}),),
             FeedForwardConfig(c.need("intermediate_size"), activation(c, "hidden_act", "gelu"), gated=False, bias=True),
             NormConfig("layer", c.get("layer_norm_eps", default=1e-5)),
@@ -155,7 +158,7 @@ def _falcon(c: Fields) -> TransformerConfig:
         dim,
         heads,
         decoder=StackConfig(
-            c.need("num_hidden_layers"),
+            c.depth("num_hidden_layers"),
             (MixerConfig("causal", {"num_kv_heads": kv, "bias": bias, **positions}),),
             FeedForwardConfig(c.get("ffn_hidden_size") or 4 * dim, activation(c, "activation", "gelu"), gated=False, bias=bias),
             NormConfig("layer", c.get("layer_norm_epsilon", default=1e-5)),
@@ -168,7 +171,7 @@ def _falcon(c: Fields) -> TransformerConfig:
 
 def _llama_mixers(c: Fields, **options: Any) -> tuple[MixerConfig, ...]:
     """One mixer for each layer: full or windowed as `layer_types` (or the older fields) say, with the rotary base of its type."""
-    heads, depth = c.need("num_attention_heads"), c.need("num_hidden_layers")
+    heads, depth = c.need("num_attention_heads"), c.depth("num_hidden_layers")
     head_dim = c.get("head_dim") or c.need("hidden_size") // heads
     shared = {"num_kv_heads": c.get("num_key_value_heads") or heads, "head_dim": head_dim, **options}
     mixers = []
@@ -198,7 +201,7 @@ def _llama(c: Fields, *, bias: bool | str = False, qk_norm: bool = False, expert
         c.need("hidden_size"),
         c.need("num_attention_heads"),
         decoder=StackConfig(
-            c.need("num_hidden_layers"),
+            c.depth("num_hidden_layers"),
             _llama_mixers(c, bias=c.get("attention_bias", default=False) or bias, qk_norm=qk_norm),
             ffn,
             NormConfig("rms", eps),
@@ -234,7 +237,7 @@ def _gemma(c: Fields, *, qk_norm: bool) -> TransformerConfig:
         dim,
         c.need("num_attention_heads"),
         decoder=StackConfig(
-            c.need("num_hidden_layers"),
+            c.depth("num_hidden_layers"),
             _llama_mixers(c, bias=c.get("attention_bias", default=False), **options),
             FeedForwardConfig(c.need("intermediate_size"), activation(c, "hidden_activation", "gelu_pytorch_tanh")),
             NormConfig("rms", eps, unit_offset=True),
@@ -276,14 +279,13 @@ def _t5(c: Fields) -> TransformerConfig:
         norm = NormConfig("rms", c.get("layer_norm_epsilon", default=1e-6))
         return StackConfig(depth, (own,), ffn, norm, cross=cross, shared_parameters=("score_params.0",))
 
-    depth = c.need("num_layers")
     return TransformerConfig(
         "encoder-decoder",
         c.need("vocab_size"),
         dim,
         heads,
-        decoder=stack(c.get("num_decoder_layers") or depth, causal=True),
-        encoder=stack(depth, causal=False),
+        decoder=stack(c.depth("num_decoder_layers", "num_layers"), causal=True),
+        encoder=stack(c.depth("num_layers"), causal=False),
         head=HeadConfig(tied=tied, scale=dim**-0.5 if c.get("scale_decoder_outputs", default=tied) else 1.0),
     )
 

@@ -40,7 +40,7 @@ def config(c: Fields) -> TransformerConfig:
         dim,
         1,
         decoder=StackConfig(
-            c.need("num_hidden_layers"),
+            c.depth("num_hidden_layers"),
             (MixerConfig("rwkv4"),),
             FeedForwardConfig(c.get("intermediate_size") or 4 * dim, "relu2", gated=False, shifted=True),
             NormConfig("layer", eps),

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from attlas.errors import DataError, UnsupportedError
 from attlas.models.config import TransformerConfig
+from attlas.models.hf_fields import Fields
 from attlas.models.presets import Preset, config_from_hf
 from attlas.models.presets import preset as preset_of
 from attlas.models.transformer import Transformer
 from attlas.models.weight_maps import Weight, expand
 
 SHOWN = 12
+T = TypeVar("T")
 
 
 def load_hf_state_dict(model: Transformer, state_dict: Mapping[str, Tensor], preset: Preset | str) -> Transformer:
@@ -60,13 +62,14 @@ def from_pretrained(
     raw = _read_json(folder / "config.json")
     if raw.get("quantization_config"):
         raise UnsupportedError(f"{folder}: config.json has a quantization_config; give a folder of plain weights")
-    config = config_from_hf(raw, max_len=max_len)
+    preset = preset_of(Fields(raw).need("model_type"))
+    files = _safetensors_files(folder)
+    config = config_from_hf(raw, max_len=max_len, tensors=sum(1 for _ in _names(files)))
     names = raw.get("architectures") or []
     if head is False or (head is None and any(n.endswith("Model") and "Head" not in n for n in names)):
         config = replace(config, head=None)
-    files = _safetensors_files(folder)
     model = empty_model(config, dtype=dtype, device=device)
-    loader = Loader(model, preset_of(raw["model_type"]))
+    loader = Loader(model, preset)
     for name, tensor in _read_safetensors(files):
         loader.feed(name, tensor)
     loader.finish()
@@ -203,7 +206,17 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
+def _names(files: Iterable[Path]) -> Iterator[str]:
+    """Read from the heads of the files alone."""
+    return _of_each_tensor(files, lambda _, name: name)
+
+
 def _read_safetensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    return _of_each_tensor(files, lambda file, name: (name, file.get_tensor(name)))
+
+
+def _of_each_tensor(files: Iterable[Path], take: Callable[[Any, str], T]) -> Iterator[T]:
+    """take(open file, name) of all tensors, one at a time."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -212,6 +225,6 @@ def _read_safetensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
         for path in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
-                    yield name, file.get_tensor(name)
+                    yield take(file, name)
     except SafetensorError as error:
         raise DataError(f"{path} is not a safetensors file: {error}") from error

@@ -20,6 +20,7 @@ from attlas.nn.irregular import AtPositions
 from attlas.nn.mixer import Mixer
 from attlas.nn.projection import project
 from attlas.nn.reach import is_causal, is_shift_invariant, reach
+from attlas.numerics import wide_dtype
 from attlas.ops.attention import attention
 from attlas.ops.cached import attention_cached
 from attlas.positions.rope import Rope
@@ -159,7 +160,7 @@ class Attention(Mixer):
         """cos and sin of the rotation at `positions`, shared by q and k; None without rotary positions."""
         if self.rope is None:
             return None
-        return self.rope.cos_sin(positions, torch.float64 if like.dtype == torch.float64 else torch.float32)
+        return self.rope.cos_sin(positions, wide_dtype(like.dtype))
 
     def _rotate(self, x: Tensor, angles: Angles) -> Tensor:
         return x if angles is None or self.rope is None else self.rope.rotate(x, *angles)

@@ -16,6 +16,7 @@ from attlas.cache.part import PartSpec
 from attlas.errors import OptionError, ShapeError, UnsupportedError
 from attlas.masks.expr import All, Mask, disjunction
 from attlas.masks.leaves import Causal, Local, Padding, Strided
+from attlas.masks.options import integers
 from attlas.nn.attention import Angles, Attend, Attention
 from attlas.nn.mixer import Mixer
 from attlas.ops.attention import attention
@@ -109,7 +110,7 @@ class AxialAttention(Mixer):
     ) -> None:
         super().__init__(dim)
         call = f"axial(dim={dim}, num_heads={num_heads}, shape={shape!r}, combine={combine!r}, causal={causal})"
-        self.shape = tuple(int(n) for n in shape)
+        self.shape = integers(call, "shape", shape)
         if len(self.shape) not in (2, 3) or min(self.shape) < 1 or combine not in ("sequence", "sum", "shifted"):
             raise OptionError(f"{call}: shape has two or three axes of at least 1, combine is 'sequence', 'sum' or 'shifted'")
         if combine == "shifted" and not (causal and len(self.shape) == 2):

@@ -70,6 +70,8 @@ class BigBirdAttention(Attention):
     Source: Zaheer et al. 2020, arXiv 2007.14062.
     """
 
+    name = "bigbird"
+
     def __init__(
         self,
         dim: int,
@@ -185,25 +187,3 @@ def _mask(pattern: dict[str, Any], random: _Draw | Blocks, length: int | None) -
     return bigbird_mask(
         pattern["block"], pattern["global_blocks"], drawn, window=pattern["window"], causal=pattern["causal"], length=length
     )
-
-
-def bigbird(
-    dim: int,
-    num_heads: int,
-    *,
-    block: int = 64,
-    window: int = 1,
-    global_blocks: Sequence[int] | None = None,
-    random_blocks: int | Blocks | Undrawn = 3,
-    seed: int = 0,
-    causal: bool = False,
-    head_dim: int | None = None,
-    rope: bool | float | Rope = True,
-    bias: bool | Literal["qkv"] = False,
-    attend: Attend = attention,
-) -> Attention:
-    """Window, global and random blocks in one softmax (see BigBirdAttention). Source: Zaheer et al. 2020, arXiv 2007.14062."""
-    return BigBirdAttention(
-        dim, num_heads, block=block, window=window, global_blocks=global_blocks, random_blocks=random_blocks, seed=seed,
-        causal=causal, head_dim=head_dim, rope=rope, bias=bias, attend=attend,
-    ).named("bigbird")  # fmt: skip

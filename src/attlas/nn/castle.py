@@ -15,6 +15,7 @@ from attlas.masks.expr import Mask
 from attlas.masks.leaves import Causal
 from attlas.nn.attention import check_heads, make_rope
 from attlas.nn.rows import RowMixer
+from attlas.numerics import wide_dtype
 from attlas.ops.lookahead import lookahead_attention
 from attlas.positions.rope import Rope
 from attlas.shapes import SeqInfo
@@ -69,7 +70,7 @@ class Castle(RowMixer):
         heads = (self.num_heads, self.head_dim)
         made = [getattr(self, f"{name}_proj")(x).unflatten(-1, heads) for name in (*AHEAD, *OWN)]
         if self.rope is not None:
-            angles = self.rope.cos_sin(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            angles = self.rope.cos_sin(positions, wide_dtype(x.dtype))
             made[:5] = [self.rope.rotate(t, *angles) for t in made[:5]]
         return (made[0], made[1], made[2]), (made[3], made[4], made[5])
 
@@ -113,7 +114,7 @@ class Castle(RowMixer):
 
     def cache_specs(self) -> tuple[PartSpec, ...]:
         shape = (self.num_heads, self.head_dim)
-        dtype = torch.float64 if self.o_proj.weight.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(self.o_proj.weight.dtype)
         return (
             PartSpec("tokens", (("ahead_q", shape), ("k", shape), ("v", shape))),
             PartSpec("lookahead", (("u", shape),), dtype=dtype),

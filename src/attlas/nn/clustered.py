@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attlas.errors import OptionError, UnsupportedError
 from attlas.nn.lowrank import LowRankMixer
+from attlas.numerics import widened
 from attlas.ops.cluster import clustered_attention, sign_bits
 from attlas.reference import content as truth
 
@@ -22,6 +23,7 @@ class Clustered(LowRankMixer):
         self,
         dim: int,
         num_heads: int,
+        *,
         clusters: int,
         topk: int | None,
         bits: int,
@@ -30,9 +32,16 @@ class Clustered(LowRankMixer):
         seed: int,
         head_dim: int | None,
         bias: bool,
-        call: str,
+        causal: bool,
     ) -> None:
+        name, own = ("clustered", "") if topk is None else ("improved-clustered", f"topk={topk}, ")
+        call = f"{name}(dim={dim}, num_heads={num_heads}, clusters={clusters}, {own}bits={bits}, iterations={iterations})"
+        if causal:
+            raise UnsupportedError(
+                f"{call}: clusters are made of all queries, so which ones share a result depends on later tokens: no causal form"
+            )
         super().__init__(dim, num_heads, head_dim, bias, call)
+        self.name = name
         if clusters < 1 or bits < 1 or iterations < 0 or (topk is not None and topk < 1):
             raise OptionError(f"{call}: clusters, bits and topk must be at least 1, iterations at least 0")
         self.clusters, self.topk, self.iterations = clusters, topk, iterations
@@ -45,8 +54,7 @@ class Clustered(LowRankMixer):
         bits = sign_bits(q, self.planes)
         if self.impl == "reference":
             return truth.clustered(q, k, v, bits, self.clusters, self.iterations, self.topk)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, k, v))
+        wide_q, wide_k, wide_v = widened(q, k, v)
         c, n = self.clusters, self.iterations
         out = clustered_attention(wide_q, wide_k, wide_v, bits, clusters=c, iterations=n, topk=self.topk, impl=self.impl)
         return out.to(q.dtype)
@@ -61,13 +69,6 @@ class Clustered(LowRankMixer):
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, clusters={self.clusters}"
         return f"{shown}, topk={self.topk}, bits={len(self.planes)}, iterations={self.iterations}, impl={self.impl}"
-
-
-def _refuse_causal(call: str, causal: bool) -> None:
-    if causal:
-        raise UnsupportedError(
-            f"{call}: clusters are made from all queries, so which queries share a result depends on later tokens: no causal form"
-        )
 
 
 def clustered(
@@ -94,11 +95,10 @@ def clustered(
     16-bit inputs are computed in fp32. Cost: 4 T clusters inner flops, and T clusters bits iterations for K-means.
     Source: Vyas et al. 2020, arXiv 2007.04825.
     """
-    call = f"clustered(dim={dim}, num_heads={num_heads}, clusters={clusters}, bits={bits}, iterations={iterations})"
-    _refuse_causal(call, causal)
-    mixer = Clustered(dim, num_heads, clusters, None, bits, iterations, hash_bias, seed, head_dim, bias, call)
-    mixer.name = "clustered"
-    return mixer
+    return Clustered(
+        dim, num_heads, clusters=clusters, topk=None, bits=bits, iterations=iterations, hash_bias=hash_bias, seed=seed,
+        head_dim=head_dim, bias=bias, causal=causal,
+    )  # fmt: skip
 
 
 def improved_clustered(
@@ -121,8 +121,7 @@ def improved_clustered(
     The other options are those of `clustered`. Cost: 4 T (clusters + topk) inner flops, and K-means; memory T clusters per head.
     Source: Vyas et al. 2020, arXiv 2007.04825, section 3.3.
     """
-    call = f"improved-clustered(dim={dim}, num_heads={num_heads}, clusters={clusters}, topk={topk}, bits={bits})"
-    _refuse_causal(call, causal)
-    mixer = Clustered(dim, num_heads, clusters, topk, bits, iterations, hash_bias, seed, head_dim, bias, call)
-    mixer.name = "improved-clustered"
-    return mixer
+    return Clustered(
+        dim, num_heads, clusters=clusters, topk=topk, bits=bits, iterations=iterations, hash_bias=hash_bias, seed=seed,
+        head_dim=head_dim, bias=bias, causal=causal,
+    )  # fmt: skip

@@ -95,8 +95,8 @@ class MemoryCompressedAttention(RowMixer):
             return k[:, :1], v[:, :1]
         if self.null_k is None or self.null_v is None:
             return None
-        rows = k.shape[0]
-        return self.null_k.expand(rows, 1, -1, -1), self.null_v.expand(rows, 1, -1, -1)
+        null_k, null_v = (t.to(k.dtype).expand(k.shape[0], 1, -1, -1) for t in (self.null_k, self.null_v))
+        return null_k, null_v
 
     def mix_rows(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = self._project(x)

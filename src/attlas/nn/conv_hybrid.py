@@ -17,6 +17,7 @@ from attlas.masks.leaves import Causal
 from attlas.nn.attention import Attention
 from attlas.nn.mixer import Mixer
 from attlas.nn.recurrent import Rows
+from attlas.numerics import wide_dtype
 from attlas.ops.long_conv import short_conv
 from attlas.ops.scan import pad_packed, unpad_packed
 from attlas.positions.rope import Rope
@@ -133,7 +134,7 @@ class ConvHybrid(Mixer):
     def cache_specs(self) -> tuple[PartSpec, ...]:
         if not self.causal:
             return super().cache_specs()
-        wide = torch.float64 if self.conv.weight.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(self.conv.weight.dtype)
         return (*self.attention.cache_specs(), PartSpec("state", (("conv", self._tail_shape()),), dtype=wide))
 
     def _tail_shape(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from attlas.masks.leaves import Causal
 from attlas.masks.pooled import pooled
 from attlas.nn.attention import check_heads, make_rope
 from attlas.nn.rows import RowMixer
+from attlas.numerics import wide_dtype
 from attlas.ops.attention import attention
 from attlas.ops.cached import attention_cached
 from attlas.ops.groups import group_means, log_counts
@@ -76,6 +77,7 @@ class HierarchicalAttention(RowMixer):
             raise OptionError(f"{call}: the mean query of a group looks at later tokens, so the causal form needs fine queries")
         self.num_heads, self.block, self.causal = num_heads, block, causal
         self.coarse_queries = not causal if coarse_queries is None else coarse_queries
+        self._near = self.level_mask(0)  # kept: a compiled graph names the masks that it was traced with
         self.rope = make_rope(call, rope, self.head_dim)
         self.uses_positions = self.rope is not None
         inner = num_heads * self.head_dim
@@ -101,7 +103,7 @@ class HierarchicalAttention(RowMixer):
         q, k, v = (p(x).unflatten(-1, (self.num_heads, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.rope is None:
             return q, k, v
-        cos_sin = self.rope.cos_sin(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        cos_sin = self.rope.cos_sin(positions, wide_dtype(x.dtype))
         return self.rope.rotate(q, *cos_sin), self.rope.rotate(k, *cos_sin), v
 
     # ---- whole sequences ----------------------------------------------------------------------------------------------------
@@ -111,9 +113,9 @@ class HierarchicalAttention(RowMixer):
         if self.impl == "reference":
             y = truth.hierarchical(q, k, v, self.block, self.causal, self.coarse_queries)
             return self.o_proj(y.flatten(-2))
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(x.dtype)
         q, k, v = (t.to(dtype) for t in (q, k, v))
-        out, aux = attention(q, k, v, mask=self.level_mask(0), impl=self.impl, return_aux=_LSE)
+        out, aux = attention(q, k, v, mask=self._near, impl=self.impl, return_aux=_LSE)
         assert aux.lse is not None
         parts = [(out, aux.lse), *(self._level(level, q, k, v) for level in self._levels(x.shape[1]))]
         return self.o_proj(merge(parts)[0].to(x.dtype).flatten(-2))
@@ -163,7 +165,7 @@ class HierarchicalAttention(RowMixer):
         if end > self.block << (CACHED_LEVELS + 1):
             raise ShapeError(f"{self}: its cache reaches over {self.block << (CACHED_LEVELS + 1)} tokens, x ends at {end}")
         q, *new = self._project(x, positions)
-        q = q.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        q = q.to(wide_dtype(x.dtype))
         for level, part in enumerate(cache.parts):
             part.write(tuple(new), seq)
             new = _means_of_pairs(part, seq, level + 1, new)

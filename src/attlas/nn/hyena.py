@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from attlas.cache.layer import Cache
 from attlas.cache.part import PartSpec
 from attlas.cache.state import StatePart
 from attlas.errors import OptionError, UnsupportedError
+from attlas.nn.derived import register_derived
 from attlas.nn.mixer import Mixer
 from attlas.nn.recurrent import Rows, ShortConv
+from attlas.numerics import wide_dtype
 from attlas.ops.long_conv import long_conv
 from attlas.ops.scan import pad_packed, unpad_packed
 from attlas.shapes import SeqInfo
@@ -30,12 +33,8 @@ class ImplicitFilter(nn.Module):
     def __init__(self, channels: int, max_len: int, width: int, bands: int) -> None:
         super().__init__()
         self.max_len = max_len
-        time = torch.linspace(0, 1, max_len)[:, None]
-        turns = torch.linspace(1e-4, max(bands - 1, 1e-4), bands)
-        angle = 2 * math.pi * torch.arange(max_len)[:, None] / max_len * turns
-        self.register_buffer("features", torch.cat([time, angle.cos(), -angle.sin()], 1), persistent=False)
-        fast, slow = math.log(1e-2) / 0.3, math.log(1e-2) / 1.5  # decay to 1 % after 0.3 and 1.5 of max_len
-        self.register_buffer("rates", torch.linspace(slow, fast, channels).abs(), persistent=False)
+        register_derived(self, "features", partial(_features, max_len, bands))
+        register_derived(self, "rates", partial(_rates, channels))
         self.layers = nn.ModuleList([nn.Linear(1 + 2 * bands, width), nn.Linear(width, width), nn.Linear(width, width)])
         self.last = nn.Linear(width, channels, bias=False)
         self.frequency = nn.Parameter(torch.ones(width))
@@ -47,6 +46,20 @@ class ImplicitFilter(nn.Module):
         for layer in self.layers:
             x = torch.sin(self.frequency * layer(x))
         return (self.last(x) * window).T
+
+
+def _features(max_len: int, bands: int) -> Tensor:
+    """[max_len, 1 + 2 bands]"""
+    time = torch.linspace(0, 1, max_len)[:, None]
+    turns = torch.linspace(1e-4, max(bands - 1, 1e-4), bands)
+    angle = 2 * math.pi * torch.arange(max_len)[:, None] / max_len * turns
+    return torch.cat([time, angle.cos(), -angle.sin()], 1)
+
+
+def _rates(channels: int) -> Tensor:
+    """Decay to 1 % after 0.3 ... 1.5 of max_len, [channels]."""
+    fast, slow = math.log(1e-2) / 0.3, math.log(1e-2) / 1.5
+    return torch.linspace(slow, fast, channels).abs()
 
 
 class Hyena(Mixer):
@@ -88,7 +101,7 @@ class Hyena(Mixer):
 
     def cache_specs(self) -> tuple[PartSpec, ...]:
         channels, width = self.conv.weight.shape
-        wide = torch.float64 if self.o_proj.weight.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(self.o_proj.weight.dtype)
         tokens = PartSpec("tokens", (("inputs", ((self.order - 1) * self.dim,)),))
         return (PartSpec("state", (("conv", (width - 1, channels)),), dtype=wide), tokens)
 

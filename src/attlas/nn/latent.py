@@ -18,6 +18,7 @@ from attlas.masks.expr import Mask
 from attlas.masks.geometry import Grid
 from attlas.masks.leaves import Causal
 from attlas.nn.mixer import Mixer
+from attlas.numerics import wide_dtype
 from attlas.ops.attention import attention
 from attlas.ops.cached import attention_cached
 from attlas.positions.rope import Rope
@@ -64,7 +65,9 @@ class LatentView:
 
     def read_table(self, rows: Sequence[int]) -> Table | None:
         table = self.part.read_table(rows) if self.stored else None
-        return None if table is None else Table(self.to_kv(table.tensors[0]), table.block_table)
+        if table is None:
+            return None
+        return Table(self.to_kv(table.tensors[0]), table.block_table, 2 * table.scales)  # keys and values share their scales
 
     def missing(self, row: int) -> tuple[int, int]:
         return self.part.missing(row)
@@ -168,7 +171,7 @@ class MultiHeadLatent(Mixer):
         q = self.q_proj(x) if self.q_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split([self.nope, self.rotary], -1)
         latent, k_rope = self.kv_a_proj(x).split([self.kv_rank, self.rotary], -1)
-        angles = self.rope.cos_sin(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        angles = self.rope.cos_sin(positions, wide_dtype(x.dtype))
         k_rope = self.rope.rotate(k_rope.unsqueeze(-2), *angles).squeeze(-2)
         return q_nope, self.rope.rotate(q_rope, *angles), torch.cat([self.kv_a_norm(latent), k_rope], -1)
 
@@ -176,7 +179,9 @@ class MultiHeadLatent(Mixer):
         """[..., kv_rank + rope] -> k [..., H, nope + rope], v [..., H, v_dim]."""
         latent, k_rope = latent.to(self.kv_b_proj.weight.dtype).split([self.kv_rank, self.rotary], -1)
         k, v = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope, self.v_dim], -1)
-        return torch.cat([k, k_rope.unsqueeze(-2).expand(*k.shape[:-1], -1)], -1), v
+        return torch.cat(
+            [k, k_rope.to(k.dtype).unsqueeze(-2).expand(*k.shape[:-1], -1)], -1
+        ), v  # autocast: k alone is in 16 bits
 
     def mix(self, x: Tensor, *, memory: Tensor | None, positions: Tensor, seq: SeqInfo | None, cache: Cache | None) -> Tensor:
         q_nope, q_rope, latent = self._project(x, positions)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
 from attlas.nn.recurrent import RecurrentMixer, Rows, States, scan_flops
+from attlas.numerics import wide_dtype
 
 LARGEST_FEATURE = 40.0  # log of the largest key feature: a sum of a million of them stays inside fp32
 
@@ -59,7 +60,7 @@ class LinearTransformer(RecurrentMixer):
             out, state = self.recur(q, k, v, states[0], scale=1.0)
             states = (state,)
         else:
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            wide = wide_dtype(x.dtype)
             total = torch.einsum("nthk,nthv->nhkv", k.to(wide), v.to(wide))
             out = torch.einsum("nthk,nhkv->nthv", q.to(wide), total)
         y = out[..., :-1] / (out[..., -1:] + self.eps)
@@ -125,7 +126,7 @@ class Performer(LinearTransformer):
         self.projection.copy_(orthogonal_gaussian(self.num_features, self.head_dim, seed))
 
     def features(self, x: Tensor, *, query: bool) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         x = x.to(wide) * self.head_dim**-0.25
         w = self.projection.to(wide)
         angle, half_norm = x @ w.T, x.square().sum(-1, keepdim=True) / 2

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attlas.errors import OptionError
 from attlas.nn.latent import Attend, MultiHeadLatent, latent_scale
+from attlas.numerics import wide_dtype
 from attlas.ops.attention import attention
 from attlas.positions.rope import Rope
 
@@ -91,7 +92,7 @@ class LinearLatent(MultiHeadLatent):
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).split([self.nope, self.rotary], -1)
         latent, k_rope = self.kv_a_proj(x).split([self.kv_rank, self.rotary], -1)
         if self.rope_keys:
-            angles = self.rope.cos_sin(positions, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            angles = self.rope.cos_sin(positions, wide_dtype(x.dtype))
             each = (self.rope_keys, self.rope_width)
             k_rope = self.rope.rotate(k_rope.unflatten(-1, each), *angles).flatten(-2)
             q_rope = self.rope.rotate(q_rope.unflatten(-1, each).flatten(-3, -2), *angles).reshape(q_rope.shape)

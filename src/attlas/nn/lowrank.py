@@ -12,6 +12,7 @@ from torch.nn import functional
 from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
 from attlas.nn.rows import RowMixer
+from attlas.numerics import full_precision, widened
 from attlas.ops.attention import attention
 from attlas.reference import lowrank as truth
 
@@ -103,6 +104,8 @@ class Nystromformer(LowRankMixer):
 
     conv_kernel  odd width of a depthwise convolution of the values along the sequence, one kernel per head; None = without
     iterations   too few leave Z short of the inverse where the landmarks' matrix is badly conditioned
+    start        of the iteration: "each" matrix of landmarks is scaled by its own norm (the paper), or all by the largest one of
+                 the "batch" and the heads (transformers' default), so that outputs depend on the other rows of the batch
 
     Nothing in it looks at positions. Bidirectional only: a landmark averages over later tokens. 16-bit inputs are computed in
     fp32, as the inversion amplifies rounding. Cost: 8 T landmarks inner flops, and 8 iterations landmarks^3 per head.
@@ -120,13 +123,19 @@ class Nystromformer(LowRankMixer):
         landmarks: int = 64,
         conv_kernel: int | None = 65,
         iterations: int = 6,
+        start: Literal["each", "batch"] = "each",
         head_dim: int | None = None,
         bias: bool = False,
     ) -> None:
-        call = f"nystromformer(dim={dim}, num_heads={num_heads}, landmarks={landmarks}, conv_kernel={conv_kernel})"
+        call = (
+            f"nystromformer(dim={dim}, num_heads={num_heads}, landmarks={landmarks}, conv_kernel={conv_kernel}, start={start!r})"
+        )
         super().__init__(dim, num_heads, head_dim, bias, call)
         if landmarks < 1 or iterations < 0 or (conv_kernel is not None and (conv_kernel < 1 or conv_kernel % 2 == 0)):
             raise OptionError(f"{call}: landmarks must be at least 1, iterations at least 0, conv_kernel odd or None")
+        if start not in ("each", "batch"):
+            raise OptionError(f"{call}: start must be 'each' or 'batch'")
+        self.shared = start == "batch"
         self.landmarks, self.iterations, self.conv_kernel = landmarks, iterations, conv_kernel
         width = conv_kernel or 1
         drawn = torch.empty(num_heads, width).uniform_(-(width**-0.5), width**-0.5)
@@ -134,18 +143,18 @@ class Nystromformer(LowRankMixer):
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         if self.impl == "reference":
-            return truth.nystromformer(q, k, v, self.landmarks, self.iterations, self.conv)
-        dtype = q.dtype if q.dtype == torch.float64 else torch.float32
-        q, k, v = (t.to(dtype) for t in (q, k, v))
-        out = attention(q, k, v, impl=self.impl) if q.shape[1] <= self.landmarks else self._through_landmarks(q, k, v)
-        if self.conv is not None:
-            out = out + _depthwise(v, self.conv.to(dtype))
+            return truth.nystromformer(q, k, v, self.landmarks, self.iterations, self.conv, self.shared)
+        q, k, v = widened(q, k, v)
+        with full_precision(q):
+            out = attention(q, k, v, impl=self.impl) if q.shape[1] <= self.landmarks else self._through_landmarks(q, k, v)
+            if self.conv is not None:
+                out = out + _depthwise(v, self.conv.to(v.dtype))
         return out.to(self.o_proj.weight.dtype)
 
     def _through_landmarks(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         marks_q, marks_k = segment_means(q, self.landmarks), segment_means(k, self.landmarks)
         scores = torch.einsum("bmhd,bnhd->bhmn", marks_q, marks_k) * self.head_dim**-0.5
-        inverse = truth.pseudo_inverse(torch.softmax(scores, -1), self.iterations)
+        inverse = truth.pseudo_inverse(torch.softmax(scores, -1), self.iterations, self.shared)
         values = attention(marks_q, k, v, impl=self.impl)  # [B, landmarks, H, D]
         return attention(q, marks_k, torch.einsum("bhmn,bnhd->bmhd", inverse, values), impl=self.impl)
 
@@ -158,7 +167,8 @@ class Nystromformer(LowRankMixer):
 
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, landmarks={self.landmarks}"
-        return f"{shown}, conv_kernel={self.conv_kernel}, iterations={self.iterations}, impl={self.impl}"
+        shown += f", conv_kernel={self.conv_kernel}, iterations={self.iterations}"
+        return f"{shown}, start={'batch' if self.shared else 'each'}, impl={self.impl}"
 
 
 def segment_means(x: Tensor, count: int) -> Tensor:

@@ -185,7 +185,8 @@ def alibi(
     None; cache grows. Source: Press et al. 2021, arXiv 2108.12409."""
     return Attention(
         dim, num_heads, mask=Causal() if causal else None, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=False,
-        score_mod=Alibi.for_heads(max(num_heads, 1)), scale=scale, bias=bias, qk_norm=qk_norm, sink=sink, attend=attend,
+        score_mod=Alibi.for_heads(max(num_heads, 1), device="cpu"), scale=scale, bias=bias, qk_norm=qk_norm, sink=sink,
+        attend=attend,
     ).named("alibi")  # fmt: skip
 
 

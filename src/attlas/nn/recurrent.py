@@ -13,6 +13,7 @@ from attlas.cache.layer import Cache
 from attlas.cache.part import PartSpec
 from attlas.cache.state import StatePart
 from attlas.nn.mixer import Mixer
+from attlas.numerics import wide_dtype
 from attlas.ops.long_conv import short_conv
 from attlas.ops.scan import pad_packed, scan, unpad_packed
 from attlas.shapes import AuxRequest, SeqInfo
@@ -95,7 +96,7 @@ class RecurrentMixer(Mixer):
         positions: [T] or [N, T]. Padding must leave the states alone (`rows.mask`); its outputs are thrown away."""
 
     def _state_dtype(self) -> torch.dtype:
-        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+        return wide_dtype(next(self.parameters()).dtype)
 
     def cache_specs(self) -> tuple[PartSpec, ...]:
         if not self.causal:

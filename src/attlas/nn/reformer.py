@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ from attlas.cache.layer import Cache
 from attlas.cache.part import PartSpec
 from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
+from attlas.nn.derived import register_derived
 from attlas.nn.rows import RowMixer
 from attlas.ops.lsh import (
     Causal,
@@ -73,7 +75,7 @@ class HashMixer(RowMixer):
         out = [q[:0]]
         for row, queries in zip(seq.rows, q.split(seq.lengths), strict=True):
             if len(queries):
-                held_k, held_v = pairs.read(row).tensors
+                held_k, held_v = (t.to(q.dtype) for t in pairs.read(row).tensors)  # autocast: the cache is in 32 bits
                 (held,) = codes.read(row).tensors
                 out.append(
                     lsh_attention_after(
@@ -142,8 +144,7 @@ class Reformer(HashMixer):
         self.chunk, self.before, self.after, self.rounds = chunk, before, after, rounds
         self.buckets, self.rule, self.window = factors, rule, before * chunk
         self.rotations: Tensor
-        drawn = make_rotations(num_heads, self.head_dim, rounds, factors, seed)
-        self.register_buffer("rotations", drawn.to(torch.get_default_dtype()), persistent=False)
+        register_derived(self, "rotations", partial(make_rotations, num_heads, self.head_dim, rounds, factors, seed))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, v = self._heads(self.q_proj(x)), self._heads(self.v_proj(x))

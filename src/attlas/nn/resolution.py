@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from attlas.errors import OptionError, UnsupportedError
 from attlas.nn.lowrank import LowRankMixer
+from attlas.numerics import widened
 from attlas.ops.resolution import Ranking, multi_resolution_attention, wrong_blocks
 from attlas.reference import multiscale as truth
 
@@ -65,12 +65,8 @@ class MultiResolution(LowRankMixer):
         if self.impl == "reference":
             rules = (self.block, self.blocks_per_row, self.coarse, self.ranking, self.diagonal, self.first)
             return truth.multi_resolution(q, k, v, *rules)
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        wide_q, wide_k, wide_v = (x.to(dtype) for x in (q, k, v))
         out = multi_resolution_attention(
-            wide_q,
-            wide_k,
-            wide_v,
+            *widened(q, k, v),
             block=self.block,
             blocks_per_row=self.blocks_per_row,
             coarse=self.coarse,

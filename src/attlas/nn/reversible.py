@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from attlas.numerics import first_order
 
 Pairs = list[tuple[nn.Module, nn.Module]]
 
@@ -41,19 +42,21 @@ class _Stack(torch.autograd.Function):
         for f, g in pairs:
             x1 = x1 + f(x2)
             x2 = x2 + g(x1)
-        ctx.pairs = pairs
+        kind = x1.device.type
+        ctx.pairs, ctx.autocast = pairs, (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(x1, x2, *learned)
         return x1, x2
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
-        y1, y2, *learned = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Any, d1: Tensor, d2: Tensor) -> tuple[Tensor | None, ...]:
+        y1, y2, *learned = saved
         y1, y2 = y1.detach(), y2.detach()
         sums: dict[Tensor, Tensor] = {}
-        for f, g in reversed(ctx.pairs):
-            y2, d1 = _undo(g, y1, y2, d1, d2, sums)
-            y1, d2 = _undo(f, y2, y1, d2, d1, sums)
+        with torch.autocast(*ctx.autocast):  # what is recomputed must be what was computed
+            for f, g in reversed(ctx.pairs):
+                y2, d1 = _undo(g, y1, y2, d1, d2, sums)
+                y1, d2 = _undo(f, y2, y1, d2, d1, sums)
         return None, d1, d2, *(sums.get(p) for p in learned)
 
 

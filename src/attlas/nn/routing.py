@@ -29,6 +29,10 @@ class Routing(HashMixer):
               no later token changes that, nobody gets 0, and it decodes
     seed      of the first means
 
+    Under activation checkpoints (torch.utils.checkpoint, attlas.nn.reversible) the means learn once a step, and the layer is
+    computed again with those of its latest forward. A copy of the mixer in another process learns from its own tokens:
+    DistributedDataParallel gives all the means of rank 0.
+
     Positions enter through the order of tokens alone. Cost: 2 T clusters inner flops for each of q and k, and 4 clusters w^2
     inner (causal=True: 4 T w inner). Source: Roy et al. 2021, arXiv 2003.05997.
     """
@@ -67,6 +71,7 @@ class Routing(HashMixer):
             num_heads, clusters, self.head_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
         self.means: Tensor
+        self._before: Tensor | None = None  # the means before the latest `learn`
         self.register_buffer("means", functional.normalize(drawn, dim=-1).to(torch.get_default_dtype()))
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +81,7 @@ class Routing(HashMixer):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v = self._qkv(x)
-        return q, k, v, nearest_mean(q, self.means)[..., None]
+        return q, k, v, nearest_mean(q, self._present())[..., None]
 
     def mix_rows(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.causal:
@@ -91,12 +96,18 @@ class Routing(HashMixer):
             q, k, v = self._qkv(x)
             window, left_to_right = self._window(x.shape[1]), self.order == "content-leaks"
             if self.impl == "reference":
-                out = truth.routing(q, k, v, self.means, window=window, causal=left_to_right, scale=self.scale)
+                out = truth.routing(q, k, v, self._present(), window=window, causal=left_to_right, scale=self.scale)
             else:
-                out = routed_attention(q, k, v, self.means, window=window, causal=left_to_right, scale=self.scale, impl=self.impl)
-        if self.training:
+                out = routed_attention(
+                    q, k, v, self._present(), window=window, causal=left_to_right, scale=self.scale, impl=self.impl
+                )
+        if self.training and not _recomputing():
             self.learn(q, k)
         return self.o_proj(out.flatten(-2))
+
+    def _present(self) -> Tensor:
+        """The means to choose with: where a checkpoint computes a forward again, those that it had the first time."""
+        return self.means if self._before is None or not _recomputing() else self._before
 
     def _window(self, seq_len: int) -> int:
         return min(seq_len, -(-seq_len // self.clusters) if self.size is None else self.size)
@@ -104,6 +115,8 @@ class Routing(HashMixer):
     @torch.no_grad()
     def learn(self, q: Tensor, k: Tensor) -> None:
         """Move the means towards the tokens q, k [B, T, H, D] that are nearest to them (see `decay`)."""
+        if not torch.compiler.is_compiling():
+            self._before = self.means.clone()
         h, c, d = self.means.shape
         sums = self.means.new_zeros(h * c, d)
         for x in (q,) if k is q else (q, k):
@@ -125,3 +138,8 @@ class Routing(HashMixer):
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, clusters={self.clusters}"
         return f"{shown}, window={self.size}, decay={self.decay}, causal={self.order!r}, impl={self.impl}"
+
+
+def _recomputing() -> bool:
+    """Whether this runs inside of a backward pass, as the forward of a checkpoint or of a reversible layer does there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

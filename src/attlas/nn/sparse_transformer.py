@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from attlas.errors import OptionError
-from attlas.masks import Blocks, Causal, Fixed, Mask, PerHead, Strided, Window
+from attlas.masks import Blocks, Causal, Fixed, Local, Mask, PerHead, Strided, Window
 from attlas.nn.attention import Attend, Attention
 from attlas.nn.rearranged import FixedAttention, StridedAttention
 from attlas.ops.attention import attention
@@ -59,7 +59,7 @@ def fixed(
     num_heads: int,
     *,
     block: int,
-    summary: int = 1,
+    summary: int | tuple[int, int] = 1,
     causal: bool = True,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
@@ -71,19 +71,31 @@ def fixed(
 ) -> Attention:
     """The query's own block of `block` tokens and the last `summary` tokens of every block, in one softmax.
 
+    summary  (tokens, columns): each head has summaries of its own, as in the released code: head h the tokens before the last
+             tokens * (h mod columns) ones of a block
+
     mask Causal() & Fixed(block, summary); cache grows; about T (block / 2 + T summary / (2 block)) pairs.
     Source: Child et al. 2019, arXiv 1904.10509.
     """
     call = f"fixed(dim={dim}, num_heads={num_heads}, block={block}, summary={summary})"
-    if block < 1 or not 0 <= summary <= block:
-        raise OptionError(f"{call}: block must be at least 1 and summary between 0 and block")
-    pattern = Fixed(block, summary)
+    tokens, columns = (summary, 1) if isinstance(summary, int) else summary
+    if block < 1 or tokens < 0 or columns < 1 or tokens * columns > block:
+        raise OptionError(f"{call}: block must be at least 1, summary (times columns) between 0 and block")
+    pattern: Mask = Fixed(block, tokens)
+    if columns > 1:
+        pattern = PerHead(tuple(_column(block, tokens, h % columns) for h in range(num_heads)))
     mixer = FixedAttention(
         dim, num_heads, mask=Causal() & pattern if causal else pattern, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope,
         scale=scale, bias=bias, qk_norm=qk_norm, attend=attend,
     ).named("fixed")  # fmt: skip
-    mixer.pattern = pattern if causal else None
+    mixer.pattern = pattern if causal and isinstance(pattern, Fixed) else None
     return mixer
+
+
+def _column(block: int, tokens: int, column: int) -> Mask:
+    """The query's own block, and of the others the `tokens` tokens before their last column * tokens ones."""
+    wide = Fixed(block, tokens * (column + 1))
+    return wide if not column else Local(block) | (wide & ~Fixed(block, tokens * column))
 
 
 def block_sparse(

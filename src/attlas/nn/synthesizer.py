@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from attlas.masks.expr import Mask
 from attlas.masks.leaves import Causal
 from attlas.nn.attention import check_heads
 from attlas.nn.rows import RowMixer
+from attlas.numerics import wide_dtype
 from attlas.ops.attention import attention
 from attlas.reference import multiscale as truth
 from attlas.scores import RelativeBias
@@ -39,19 +41,21 @@ class Product:
 
 
 class Synthesizer(RowMixer):
-    """y = o(softmax(S) v), S = sum_p alpha_p S_p over the chosen kinds of scores, alpha = softmax(mix) (one kind: alpha = 1)
+    """y = o(softmax(S) v), S = sum_p alpha_p S_p over the chosen kinds of scores, alpha = softmax(mix)
 
         dense              S_ij = W2_j . relu(W1 x_i + b1) + b2_j, for every head its own; W2_j belongs to position j
         factorised-dense   S_ij = A_i[j // b] B_i[j % b], A and B like dense with a and b outputs, a b >= max_len
         random             S_ij = R_ij, learned
         fixed-random       S_ij = R_ij, drawn once (a buffer)
         factorised-random  S_ij = R1_i . R2_j, of width `rank`
-        dot-product        S_ij = q_i . k_j / sqrt(head_dim)
+        dot-product        S_ij = scale q_i . k_j
 
     kinds     one of them, or several to mix
     max_len   positions that the learned scores are made for
     hidden    width of relu(...) per head, for the dense kinds; None = head_dim
     rank      of factorised-random; None = 8
+    scale     of dot-product; None = 1 / sqrt(head_dim)
+    combine   several kinds: "shares" learns alpha, "sum" has alpha = 1 for each
     causal    only j <= i
 
     All but random and factorised-dense are products of a feature of i and a feature of j, so that no T x T matrix is kept. Cost:
@@ -71,6 +75,8 @@ class Synthesizer(RowMixer):
         kinds: str | Sequence[str] = "dense",
         hidden: int | None = None,
         rank: int | None = None,
+        scale: float | None = None,
+        combine: Literal["shares", "sum"] = "shares",
         causal: bool = False,
         head_dim: int | None = None,
         bias: bool = False,
@@ -84,13 +90,19 @@ class Synthesizer(RowMixer):
         dense = {"dense", "factorised-dense"} & set(self.kinds)
         if (hidden is not None and not dense) or (rank is not None and "factorised-random" not in self.kinds):
             raise OptionError(f"{call}: hidden belongs to the dense kinds, rank to factorised-random")
+        if (scale is not None and "dot-product" not in self.kinds) or combine not in ("shares", "sum"):
+            raise OptionError(f"{call}: scale={scale} belongs to dot-product, combine={combine!r} is 'shares' or 'sum'")
+        if combine == "sum" and len(self.kinds) == 1:
+            raise OptionError(f"{call}: combine='sum' needs several kinds")
+        self.scale, self.combine = self.head_dim**-0.5 if scale is None else float(scale), combine
         self.num_heads, self.max_len, self.causal = num_heads, max_len, causal
         self.hidden, self.rank = self.head_dim if hidden is None else hidden, 8 if rank is None else rank
         if min(max_len, self.hidden, self.rank) < 1:
             raise OptionError(f"{call}: max_len, hidden and rank must be at least 1")
         inner = num_heads * self.head_dim
         self.v_proj, self.o_proj = nn.Linear(dim, inner, bias=bias), nn.Linear(inner, dim, bias=bias)
-        self.mix_logits = nn.Parameter(torch.zeros(len(self.kinds))) if len(self.kinds) > 1 else None
+        learned = len(self.kinds) > 1 and combine == "shares"
+        self.mix_logits = nn.Parameter(torch.zeros(len(self.kinds))) if learned else None
         self.sides = (math.isqrt(max_len - 1) + 1, -(-max_len // (math.isqrt(max_len - 1) + 1)))
         self._make_scores(max_len, bias)
 
@@ -123,7 +135,7 @@ class Synthesizer(RowMixer):
             return Product(self.R1[at][None].expand(x.shape[0], -1, -1, -1), self.R2[to][None])
         if kind == "dot-product":
             assert keys is not None
-            return Product(self.q_proj(x).unflatten(-1, (self.num_heads, -1)) * self.head_dim**-0.5, keys)
+            return Product(self.q_proj(x).unflatten(-1, (self.num_heads, -1)) * self.scale, keys)
         if kind == "factorised-dense":
             a, b = self.dense_a(x), self.dense_b(x)  # [B, Tq, H, sides]
             scores = a[..., torch.div(to, self.sides[1], rounding_mode="floor")] * b[..., to % self.sides[1]]
@@ -133,12 +145,12 @@ class Synthesizer(RowMixer):
 
     def _attend(self, x: Tensor, keys: Tensor | None, v: Tensor, at: Tensor, to: Tensor, mask: Mask | None) -> Tensor:
         """x [B, Tq, dim] at positions `at`, keys and v [B, Tk, H, D] at positions `to` -> [B, Tq, H, D]."""
-        shares = x.new_ones(1) if self.mix_logits is None else torch.softmax(self.mix_logits, 0)
+        shares = x.new_ones(len(self.kinds)) if self.mix_logits is None else torch.softmax(self.mix_logits, 0)
         scores = [self._scores(kind, x, keys, at, to) for kind in self.kinds]
         if self.impl == "reference" and len(at) == len(to):
             allowed = None if mask is None else mask.to_bool(len(at), len(to), device=x.device)
             return truth.synthesizer([s.matrix() if isinstance(s, Product) else s for s in scores], shares, v, allowed)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(x.dtype)
         q, k, table = [], [], None
         for share, s in zip(shares.to(dtype), scores, strict=True):
             if isinstance(s, Product):
@@ -200,7 +212,8 @@ class Synthesizer(RowMixer):
 
     def extra_repr(self) -> str:
         shown = f"dim={self.dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, max_len={self.max_len}"
-        return f"{shown}, kinds={self.kinds}, hidden={self.hidden}, rank={self.rank}, causal={self.causal}, impl={self.impl}"
+        shown += f", kinds={self.kinds}, hidden={self.hidden}, rank={self.rank}, combine={self.combine}, scale={self.scale:.6g}"
+        return f"{shown}, causal={self.causal}, impl={self.impl}"
 
 
 class TwoLayers(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 from attlas.errors import OptionError, ShapeError
 from attlas.masks.expr import Mask
 from attlas.masks.geometry import Axis, Grid
+from attlas.numerics import wide_dtype
 from attlas.scores import ScoreMod
 from attlas.shapes import SeqInfo, describe
 
@@ -41,7 +42,7 @@ class AttentionCall:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of scores, weights and lse."""
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.q.dtype)
 
     @property
     def needs_grad(self) -> bool:

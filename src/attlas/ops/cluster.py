@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import OptionError, ShapeError
+from attlas.numerics import full_precision, widened
 from attlas.ops.attention import attention
 from attlas.ops.groups import attend_groups, take, token_rows
 from attlas.shapes import AuxRequest, describe
@@ -17,9 +18,10 @@ _TILE = 32  # queries of one cluster that are attended to together
 def sign_bits(x: Tensor, planes: Tensor) -> Tensor:
     """On which side of each plane the tokens lie: x [B, T, H, D], planes [n, D + 1] (normal, then offset) -> bool [B, T, H,
     n]."""
-    wide = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    (wide,) = widened(x.detach())
     planes = planes.to(wide.dtype)
-    return wide @ planes[:, :-1].T + planes[:, -1] > 0
+    with full_precision(x):
+        return wide @ planes[:, :-1].T + planes[:, -1] > 0
 
 
 def hamming_kmeans(bits: Tensor, clusters: int, iterations: int) -> Tensor:
@@ -32,7 +34,8 @@ def hamming_kmeans(bits: Tensor, clusters: int, iterations: int) -> Tensor:
     t = bits.shape[1]
     step = max(1, _NUMBERS // (t * clusters))
     first = torch.div(torch.arange(clusters, device=bits.device) * t, clusters, rounding_mode="floor")
-    return torch.cat([_kmeans(part.float() * 2 - 1, first, iterations) for part in bits.split(step)])
+    with full_precision(bits):
+        return torch.cat([_kmeans(part.float() * 2 - 1, first, iterations) for part in bits.split(step)])
 
 
 def _kmeans(signs: Tensor, first: Tensor, iterations: int) -> Tensor:
@@ -45,7 +48,7 @@ def _kmeans(signs: Tensor, first: Tensor, iterations: int) -> Tensor:
         rows = (of + offset).flatten()
         votes = signs.new_zeros(g * clusters, n).index_add_(0, rows, signs.flatten(0, 1)).view_as(centres)
         members = torch.bincount(rows, minlength=g * clusters).view(g, clusters, 1)
-        centres = torch.where(members > 0, torch.where(votes > 0, 1.0, -1.0), centres)
+        centres = torch.where(members > 0, (votes > 0).to(signs.dtype) * 2 - 1, centres)
         of = (signs @ centres.mT).argmax(-1)
     return of
 
@@ -91,7 +94,7 @@ def clustered_attention(
     whole, lse = whole.transpose(1, 2).reshape(-1, d), aux.lse.transpose(1, 2).reshape(-1)
     if topk is None:
         return take(whole, rows)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(k):
         heavy = torch.einsum("bhcd,bthd->bhct", centroids, k).topk(min(topk, t), dim=-1).indices.flatten(0, 1)
     keys, values = (take(x, token_rows(heavy, t, h).flatten(0, 1)) for x in (k, v))
     near, near_lse = attend_groups(centroids.flatten(0, 2)[:, None], keys, values, scale=scale, impl=impl)
@@ -131,8 +134,9 @@ def nearest_mean(x: Tensor, means: Tensor) -> Tensor:
 
 def _closeness(x: Tensor, means: Tensor) -> Tensor:
     """[B, H, C, T]"""
-    wide = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return torch.einsum("bthd,hcd->bhct", wide, means.to(wide.dtype))
+    (wide,) = widened(x.detach())
+    with full_precision(x):
+        return torch.einsum("bthd,hcd->bhct", wide, means.to(wide.dtype))
 
 
 def routed_attention(

@@ -5,15 +5,14 @@ A token's result depends on its own sequence alone, to the bit, so it does not m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attlas.kernels.cpu import attention as cpu
-from attlas.kernels.cpu.launch import DTYPES, Visible
+from attlas.kernels.cpu.launch import CODES, DTYPES, Visible, decode
 from attlas.kernels.cpu.library import MAX_DIM, load
-from attlas.kernels.cpu.torch_ops import decode
 from attlas.masks.expr import Mask
 from attlas.ops.merge import merge
 from attlas.scores import Alibi, Chain, ScoreMod, Softcap
@@ -66,15 +65,32 @@ def _mods(score_mod: ScoreMod | None) -> tuple[float, Tensor | None] | None:
     return cap, slopes
 
 
+def readable(tensors: tuple[Tensor, ...], scales: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernel reads stored keys and values for queries of `dtype`: of the same dtype, or 8-bit numbers with scales."""
+    held = CODES if scales else (dtype,)
+    return len(tensors) == 2 and all(t.dtype in held and t.shape[-1] <= MAX_DIM for t in tensors)
+
+
 def decode_pages(
-    q: Tensor, pages: tuple[Tensor, Tensor], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule
+    q: Tensor, pages: tuple[Tensor, ...], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule
 ) -> tuple[Tensor, Tensor]:
-    """q [N, n, H, D]: the last n of lengths[i] tokens of each sequence; keys and values [P, page_size, Hkv, D | Dv]; block_table
-    int32 [N, blocks] -> out [N, n, H, Dv], lse fp32 [N, n, H]."""
-    count = torch.tensor(lengths, dtype=torch.int64)
-    see = rule.visible
-    left = -1 if see.left is None else see.left
-    return decode(q, *pages, count, block_table, rule.scale, see.causal, left, see.sinks, rule.softcap, rule.alibi, rule.sink)
+    """q [N, n, H, D]: the last n of lengths[i] tokens of each sequence; pages: keys and values [P, page_size, Hkv, D | Dv], and
+    where they are 8-bit numbers the scales fp32 [P, page_size, Hkv] of both; block_table int32 [N, blocks]
+    -> out [N, n, H, Dv], lse fp32 [N, n, H]."""
+    k, v, *scales = pages
+    return decode(
+        q,
+        k,
+        v,
+        lengths,
+        rule.visible,
+        rule.scale,
+        block_table=block_table,
+        softcap=rule.softcap,
+        alibi=rule.alibi,
+        sink=rule.sink,
+        scales=tuple(scales),
+    )
 
 
 # Reading a prefix once for all pays from about here on: below, two kernel calls and a merge cost more than the keys.
@@ -94,16 +110,15 @@ def shared_tokens(block_table: Tensor, page_size: int, lengths: tuple[int, ...],
 
 
 def cascade_pages(
-    q: Tensor, pages: tuple[Tensor, Tensor], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule, shared: int
+    q: Tensor, pages: tuple[Tensor, ...], block_table: Tensor, lengths: tuple[int, ...], rule: DecodeRule, shared: int
 ) -> tuple[Tensor, Tensor]:
     """`decode_pages` with the first `shared` tokens (whole pages, the same for all) read once for all queries, and merged with
     what each sequence has of its own. Equal up to rounding. Bytes read: the prefix, and each tail."""
     rows, n = q.shape[:2]
-    blocks, see = shared // pages[0].shape[1], rule.visible
+    blocks = shared // pages[0].shape[1]
     together = q.flatten(0, 1)[None]
-    count = torch.tensor([shared], dtype=torch.int64)
-    out, lse = decode(together, *pages, count, block_table[:1, :blocks], rule.scale, False, -1, 0, rule.softcap, None, None)
+    prefix_rule = replace(rule, visible=Visible(causal=False), sink=None)
+    out, lse = decode_pages(together, pages, block_table[:1, :blocks], (shared,), prefix_rule)
     prefix = out[0].unflatten(0, (rows, n)), lse[0].unflatten(0, (rows, n))
-    own, tails = torch.tensor(lengths, dtype=torch.int64) - shared, block_table[:, blocks:]
-    tail = decode(q, *pages, own, tails, rule.scale, see.causal, -1, 0, rule.softcap, None, rule.sink)
-    return merge([prefix, tail])
+    own = tuple(n - shared for n in lengths)
+    return merge([prefix, decode_pages(q, pages, block_table[:, blocks:], own, rule)])

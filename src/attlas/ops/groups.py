@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attlas.ops.attention import attention
+from attlas.ops.merge import weighted
 from attlas.scores import RelativeBias
 from attlas.shapes import AuxRequest
 
@@ -54,7 +55,7 @@ def attend_groups(
     bias = None if allowed is None else RelativeBias.dense(torch.where(allowed, 0.0, -torch.inf)[:, None])
     out, aux = attention(q, k, v, score_mod=bias, scale=scale, impl=impl, return_aux=AuxRequest(lse=True))
     assert aux.lse is not None
-    return out[:, :, 0], aux.lse[..., 0]
+    return out.squeeze(2), aux.lse.squeeze(-1)  # views: a selection would write its gradient into zeros
 
 
 def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -68,6 +69,6 @@ def merge_rows(out: Tensor, lse: Tensor, rows: Tensor, count: int) -> tuple[Tens
     total = torch.zeros_like(top).index_add(0, rows, weights)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
-    parts = out.masked_fill((lse == -math.inf)[:, None], 0.0) * (weights / total[rows])[:, None].to(out.dtype)
+    parts = weighted(out, (weights / total[rows]).to(out.dtype), lse == -math.inf)
     joined = out.new_zeros(count, out.shape[-1]).index_add(0, rows, parts)
     return joined, (top + total.log()).masked_fill(empty, -math.inf)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attlas.errors import ShapeError
+from attlas.numerics import wide_dtype
 from attlas.shapes import describe
 
 
@@ -29,7 +30,7 @@ def long_conv(u: Tensor, kernel: Tensor, *, bidirectional: bool = False) -> Tens
     length = u.shape[1]
     if u.numel() == 0:
         return u
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(u.dtype)
     past = (kernel[:, 0] if bidirectional else kernel)[:, :length].to(dtype)
     size = _fft_size(2 * length)
     taps = F.pad(past, (0, size - past.shape[1]))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from attlas.errors import OptionError, ShapeError, UnknownNameError, UnsupportedError
 from attlas.kernels.blocked import lookahead as blocked
+from attlas.numerics import full_precision, wide_dtype
 from attlas.reference import lookahead as reference
 from attlas.registry import suggest
 from attlas.shapes import describe
@@ -40,15 +41,18 @@ def lookahead_attention(
     if impl not in IMPLS:
         raise UnknownNameError(f"unknown impl {impl!r} for lookahead_attention; {suggest(str(impl), IMPLS)}")
     q, before = own[0], own[1].shape[1] - own[0].shape[1]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q.dtype)
     if impl == "reference":
         if before:
             raise UnsupportedError(f"{call}: impl='reference' computes whole sequences, {before} tokens came before")
-        return reference.castle_parallel(ahead, own, window), q.new_zeros(q.shape[0], 0, *q.shape[2:], dtype=dtype)
+        with full_precision(q):
+            out = reference.castle_parallel(ahead, own, window)
+        return out, q.new_zeros(q.shape[0], 0, *q.shape[2:], dtype=dtype)
     if state is None:
         state = q.new_zeros(q.shape[0], before, *q.shape[2:], dtype=dtype)
     rows = [_rows(t, dtype) for t in (*ahead, *own, state)]
-    out, gathered = blocked.lookahead(tuple(rows[:3]), tuple(rows[3:6]), rows[6], window)
+    with full_precision(q):
+        out, gathered = blocked.lookahead(tuple(rows[:3]), tuple(rows[3:6]), rows[6], window)
     return _tokens(out, q).to(q.dtype), _tokens(gathered, q)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import OptionError, ShapeError
+from attlas.numerics import full_precision, widened
 from attlas.ops.attention import attention
 from attlas.ops.groups import attend_groups, take
 from attlas.ops.merge import merge
@@ -38,9 +39,10 @@ def lsh_hash(x: Tensor, rotations: Tensor, buckets: Sequence[int]) -> Tensor:
     directions of its own and the hash is the number with these digits, the first one least: prod(buckets) buckets for
     sum(buckets) / 2 directions. No gradient. Cost: T H D R sum(buckets) flops. Andoni et al. 2015, arXiv:1509.02897.
     """
-    wide = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    (wide,) = widened(x.detach())
     tokens = max(1, _HASHED // max(1, x.shape[0] * rotations[:, 0].numel()))
-    pieces = [_hash(piece, rotations.to(wide.dtype), buckets) for piece in wide.split(tokens, 1)]
+    with full_precision(x):
+        pieces = [_hash(piece, rotations.to(wide.dtype), buckets) for piece in wide.split(tokens, 1)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
@@ -56,7 +58,7 @@ def _hash(x: Tensor, rotations: Tensor, buckets: Sequence[int]) -> Tensor:
 
 def unit_keys(q: Tensor) -> Tensor:
     """The keys of shared queries and keys: q / sqrt(|q|^2 + 1e-6 D), of length just under 1."""
-    wide = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    (wide,) = widened(q)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6 * q.shape[-1])).to(q.dtype)
 
 
@@ -122,7 +124,7 @@ def _attend(layout: _Rounds, rows: list[Tensor], allowed: Tensor | None, scale: 
     for span in spans:
         seen = layout.seen(span) if allowed is None else allowed.flatten(0, 2)
         (queries, keys), n = layout.picked(span), span.hi - span.lo
-        near = [layout.windows(take(x, keys), n).flatten(0, 2) for x in rows[1:]]
+        near = [take(x, layout.windows(keys, n)).flatten(0, 2) for x in rows[1:]]
         out, lse = attend_groups(take(rows[0], queries).flatten(0, 2), *near, allowed=seen, scale=scale, impl=impl)
         outs.append(out.flatten(0, 1))
         lses.append(lse.flatten())

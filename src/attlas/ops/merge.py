@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attlas.errors import ShapeError
 from attlas.shapes import describe
+
+_SMALL = 1 << 16  # numbers up to which operator calls cost more than the memory of intermediates
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -36,10 +39,42 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     lse = (top + total.log()).masked_fill(empty, -math.inf)
     shares = weights / total
     merged = _pairwise_sum(
-        out.to(dtype).masked_fill((own == -math.inf)[..., None], 0.0) * share[..., None]
-        for (out, own), share in zip(parts, shares, strict=True)
+        weighted(out.to(dtype), share, own == -math.inf) for (out, own), share in zip(parts, shares, strict=True)
     )
     return merged.to(parts[0][0].dtype), lse
+
+
+def weighted(out: Tensor, share: Tensor, empty: Tensor) -> Tensor:
+    """out [..., D] times share [...], 0 in the rows that are `empty` (bool [...]), whatever out holds there. Of large tensors it
+    keeps no copy for the gradient."""
+    if torch.compiler.is_compiling() or out.numel() <= _SMALL:
+        return out.masked_fill(empty[..., None], 0.0) * share[..., None]
+    product = _Weighted.apply(out, share, empty)
+    assert isinstance(product, Tensor)
+    return product
+
+
+class _Weighted(torch.autograd.Function):
+    """The product first, its empty rows overwritten in place; the gradient is made of operators that have one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, share: Tensor, empty: Tensor) -> Tensor:
+        return (out * share[..., None]).masked_fill_(empty[..., None], 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out, share, empty = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the second gradient multiplies by `out`, of which empty rows may hold a NaN
+            out = out.masked_fill(empty[..., None], 0.0)
+        of_out = weighted(grads[0], share, empty) if ctx.needs_input_grad[0] else None
+        of_share = (grads[0] * out).sum(-1).masked_fill(empty, 0.0) if ctx.needs_input_grad[1] else None
+        return of_out, of_share, None
 
 
 def _pairwise_sum(terms: Iterable[Tensor]) -> Tensor:

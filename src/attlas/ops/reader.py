@@ -12,14 +12,14 @@ from torch import Tensor
 
 from attlas.errors import ShapeError, UnsupportedError
 from attlas.kernels.cpu.attention import FEW_QUERIES
-from attlas.kernels.cpu.library import MAX_DIM
 from attlas.kernels.reach import allows_all
 from attlas.masks.box import EMPTY
 from attlas.masks.explicit import PerHead
 from attlas.masks.expr import And, Mask, Or
 from attlas.masks.geometry import Axis, Grid, Segment
+from attlas.numerics import wide_dtype
 from attlas.ops.call import AttentionCall, make_call
-from attlas.ops.decode import DecodeRule, cascade_pages, decode_pages, rule_for, shared_tokens
+from attlas.ops.decode import DecodeRule, cascade_pages, decode_pages, readable, rule_for, shared_tokens
 from attlas.ops.select import run_call
 from attlas.scores import ScoreMod
 from attlas.shapes import SeqInfo, describe
@@ -40,12 +40,15 @@ class Held(Protocol):
 
 
 class Table(Protocol):
-    """Storage [P, page_size, ...] of keys and values, and the int32 [rows, blocks] that says where each row's tokens lie."""
+    """Storage [P, page_size, ...] of keys and values, the int32 [rows, blocks] that says where each row's tokens lie, and the
+    scales [P, page_size, Hkv] of 8-bit storage, else none."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]: ...
     @property
     def block_table(self) -> Tensor: ...
+    @property
+    def scales(self) -> tuple[Tensor, ...]: ...
 
 
 class KeyValuePart(Protocol):
@@ -109,7 +112,7 @@ class Reader:
     def _nothing(self) -> Result:
         """The result of a call without sequences."""
         width = self.part.read(0, NO_KEYS).tensors[-1].shape[-1]
-        dtype = torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(self.q.dtype)
         lse = self.q.new_zeros(self.q.shape[:-1], dtype=dtype) if self.need_lse else None
         return self.q.new_zeros(*self.q.shape[:-1], width), lse
 
@@ -128,9 +131,7 @@ class Reader:
         return [
             (group, table, rule)
             for group, table in map(self._table, groups.values())
-            if table is not None
-            and len(table.tensors) == 2
-            and all(t.dtype == q.dtype and t.shape[-1] <= MAX_DIM for t in table.tensors)
+            if table is not None and readable(table.tensors, table.scales, q.dtype)
         ]
 
     def _table(self, group: list[int]) -> tuple[list[int], Table | None]:
@@ -149,12 +150,12 @@ class Reader:
             q = torch.stack([self.q[offsets[i] : offsets[i] + n] for i in group])
         k, v = table.tensors
         self._call(q[:1, :0], (k[:1, :0], v[:1, :0]), NOWHERE, NOWHERE, self.mask, self.score_mod)  # the kernel checks nothing
-        lengths = tuple(self.part.lengths[self.seq.rows[i]] for i in group)
+        lengths, pages = tuple(self.part.lengths[self.seq.rows[i]] for i in group), (k, v, *table.scales)
         shared = shared_tokens(table.block_table, k.shape[1], lengths, n, rule) if self.part.cascade else 0
         if shared:
-            out, lse = cascade_pages(q, (k, v), table.block_table, lengths, rule, shared)
+            out, lse = cascade_pages(q, pages, table.block_table, lengths, rule, shared)
         else:
-            out, lse = decode_pages(q, (k, v), table.block_table, lengths, rule)
+            out, lse = decode_pages(q, pages, table.block_table, lengths, rule)
         return out, lse if self.need_lse else None
 
     # ---- by reading ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import OptionError, ShapeError
+from attlas.numerics import full_precision
 from attlas.ops.attention import attention
 from attlas.ops.groups import attend_groups, group_means, log_counts, merge_rows, take, token_rows
 from attlas.ops.merge import merge
@@ -56,7 +57,7 @@ def multi_resolution_attention(
         return attention(q, k, v, scale=scale, impl=impl)
     scale = d**-0.5 if scale is None else scale
     low_q, low_k = group_means(q, block), group_means(k, block)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(q):
         best = _best(torch.einsum("bihd,bjhd->bhij", low_q, low_k) * scale, n * blocks_per_row, ranking, diagonal, first)
     fine, fine_lse = _token_by_token(q, k, v, best, block, scale, impl)
     if not coarse:

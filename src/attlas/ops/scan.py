@@ -11,6 +11,7 @@ from torch import Tensor
 from attlas.errors import OptionError, ShapeError, UnknownNameError, UnsupportedError
 from attlas.kernels.blocked.scan import chunk_scan
 from attlas.kernels.cpu import scan as cpu
+from attlas.numerics import full_precision, wide_dtype
 from attlas.reference.linear import scan_parallel, scan_recurrent
 from attlas.registry import suggest
 from attlas.shapes import Aux, AuxRequest, SeqInfo, describe
@@ -159,7 +160,7 @@ def scan(
     _check(q, k, v, log_decay, delta, bonus, form, seq)
     if seq is not None:
         return _packed(q, k, v, log_decay, delta, bonus, initial_state, scale, seq, (form, impl), return_aux)
-    out_dtype, dtype = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    out_dtype, dtype = q.dtype, wide_dtype(q.dtype)
     batch, length, heads, dim_k = q.shape
     state_shape = (batch, heads, dim_k, v.shape[-1])
     if initial_state is None:
@@ -184,7 +185,8 @@ def scan(
     scale = dim_k**-0.5 if scale is None else scale
     call = ScanCall(q, k, v, decay, low_rank, None if bonus is None else bonus.to(dtype), initial_state, scale, form)
     chosen = choose(call, impl)
-    out, state = chosen.run(call) if v.numel() else (v.new_zeros(v.shape), initial_state)
+    with full_precision(q):
+        out, state = chosen.run(call) if v.numel() else (v.new_zeros(v.shape), initial_state)
     out = out.to(out_dtype)
     return (out, Aux(state=state)) if return_aux is not None and return_aux.state else out
 

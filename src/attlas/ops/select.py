@@ -16,6 +16,7 @@ from attlas.kernels.adapters import sdpa
 from attlas.kernels.blocked import softmax as blocked
 from attlas.kernels.cpu import attention as cpu
 from attlas.masks.expr import All
+from attlas.numerics import full_precision
 from attlas.ops.call import AttentionCall
 from attlas.reference import softmax as reference
 from attlas.registry import suggest
@@ -149,7 +150,8 @@ def run_call(call: AttentionCall, impl: str = "auto") -> Result:
     out [B, Tq, H, Dv] or packed [Tq, H, Dv]; lse [B, Tq, H] or [Tq, H], natural log.
     """
     inner = call.folded()
-    out, lse = choose(inner, impl).run(inner)
+    with full_precision(call.q):
+        out, lse = choose(inner, impl).run(inner)
     if inner is call:
         return out, lse
     return out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)

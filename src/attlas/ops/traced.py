@@ -17,6 +17,7 @@ from torch import Tensor
 from attlas.errors import UnsupportedError
 from attlas.kernels.cpu import attention as cpu
 from attlas.masks.base import Mask
+from attlas.numerics import wide_dtype
 from attlas.ops.call import AttentionCall, make_call
 from attlas.ops.select import choose, run_call
 from attlas.scores import Alibi, Chain, DenseBias, RelativeBias, ScoreMod, Softcap
@@ -157,7 +158,7 @@ def attention_op(
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mod_tensors: list[Tensor], sink: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q.dtype)
     need_lse, with_grad = rest[-2:]
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1] if need_lse or with_grad else (0,), dtype=dtype)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import OptionError, ShapeError, UnsupportedError
+from attlas.numerics import wide_dtype
 from attlas.positions.rotation import rotate
 from attlas.positions.scaling import DynamicNTK, RopeScaling, plain_frequencies
 from attlas.shapes import describe
@@ -87,7 +88,7 @@ class Rope:
         Returns a tensor of x's shape and dtype. Differentiable to any order. Raises ShapeError.
         """
         self._check(x, positions)
-        return self.rotate(x, *self.cos_sin(positions, torch.float64 if x.dtype == torch.float64 else torch.float32))
+        return self.rotate(x, *self.cos_sin(positions, wide_dtype(x.dtype)))
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """attention_factor * cos and sin of the angles of `positions` [..., T]: each [..., T, 1, rotary_dim / 2] in `dtype`."""

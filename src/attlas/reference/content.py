@@ -8,12 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from attlas.numerics import widened
+
 Causal = Literal[False, True, "content-leaks"]
-
-
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return tuple(t.to(dtype) for t in tensors)
 
 
 def reformer(
@@ -34,7 +31,7 @@ def reformer(
 
     q, k, v [B, T, H, D], hashes int64 [B, T, H, R] -> [B, T, H, D]. Kitaev et al. 2020, arXiv:2001.04451.
     """
-    Q, K, V = _wide(q, k, v)
+    Q, K, V = widened(q, k, v)
     B, T, H, D = q.shape
     options = {"chunk": chunk, "before": before, "after": after, "causal": causal, "rule": rule, "own": own}
     n = torch.stack([hashed_pairs(hashes[b, :, h], **options) for b in range(B) for h in range(H)])  # type: ignore[arg-type]
@@ -103,7 +100,7 @@ def clustered(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, clusters: int, iter
     q, k, v [B, T, H, D]; bits bool [B, T, H, n], the signatures that are clustered -> [B, T, H, D]. A sequence of at most
     `clusters` tokens gets softmax attention. Vyas et al. 2020, arXiv:2007.04825.
     """
-    Q, K, V = (t.transpose(1, 2) for t in _wide(q, k, v))
+    Q, K, V = (t.transpose(1, 2) for t in widened(q, k, v))
     T, D = Q.shape[-2:]
     if clusters >= T:
         return (torch.softmax(Q @ K.mT * D**-0.5, -1) @ V).transpose(1, 2).to(q.dtype)
@@ -149,7 +146,7 @@ def routing(
     q, k, v [B, T, H, D], q and k layer-normed, means [H, C, D] -> [B, T, H, D]: the mean over the clusters that took the token as
     a query, 0 where none did. causal: only keys at or before the query. Roy et al. 2021, arXiv:2003.05997.
     """
-    Q, K, V, M = _wide(q, k, v, means)
+    Q, K, V, M = widened(q, k, v, means)
     B, T, H, D = q.shape
     w, scale = min(window, T), D**-0.5 if scale is None else scale
     out, taken = torch.zeros_like(V), torch.zeros(B, T, H, 1, dtype=V.dtype, device=V.device)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attlas.numerics import wide_dtype
+
 
 def interleaved_head(
     q: Tensor,
@@ -30,7 +32,7 @@ def interleaved_head(
     rotate    the position code of virtual queries and keys [B, N P, H, D]
     -> [B, N, H, D]. Duvvuri et al. 2026, arXiv:2602.21371.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q.dtype)
     B, N, H, D = q.shape
     P = mixing[0].shape[2]
     Q, K, V = (torch.einsum("bnmd,mhp->bnphd", x.to(dtype), a.to(dtype)) for x, a in zip((q, k, v), mixing, strict=True))

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from attlas.numerics import widened
+
 Projections = tuple[Tensor, Tensor, Tensor]
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """[B, T, H, D] -> [B, H, T, D] in the working dtype."""
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return tuple(t.transpose(1, 2).to(dtype) for t in tensors)
+    return tuple(t.transpose(1, 2) for t in widened(*tensors))
 
 
 def castle_parallel(ahead: Projections, own: Projections, window: int | None = None) -> Tensor:

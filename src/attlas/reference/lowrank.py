@@ -8,11 +8,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from attlas.numerics import widened
+
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """[B, T, H, D] -> [B, H, T, D] in the working dtype."""
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return tuple(t.transpose(1, 2).to(dtype) for t in tensors)
+    return tuple(t.transpose(1, 2) for t in widened(*tensors))
 
 
 def linformer(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor) -> Tensor:
@@ -25,11 +26,14 @@ def linformer(q: Tensor, k: Tensor, v: Tensor, E: Tensor, F: Tensor) -> Tensor:
     return (P @ (F.to(Q.dtype) @ V)).transpose(1, 2).to(q.dtype)
 
 
-def nystromformer(q: Tensor, k: Tensor, v: Tensor, landmarks: int, iterations: int, conv: Tensor | None) -> Tensor:
+def nystromformer(
+    q: Tensor, k: Tensor, v: Tensor, landmarks: int, iterations: int, conv: Tensor | None, shared: bool = False
+) -> Tensor:
     """softmax(Q K~^T) Z softmax(Q~ K^T) V + conv(V), all products scaled by 1 / sqrt(D); Q~ and K~ are the means of `landmarks`
     segments, Z the iterated pseudo-inverse of softmax(Q~ K~^T). With at most `landmarks` tokens: softmax(Q K^T) V + conv(V).
 
-    q, k, v [B, T, H, D]; conv [H, odd width] runs along the tokens of each head, zeros outside. -> [B, T, H, D].
+    q, k, v [B, T, H, D]; conv [H, odd width] runs along the tokens of each head, zeros outside; shared: see `pseudo_inverse`.
+    -> [B, T, H, D].
     Xiong et al. 2021, arXiv:2102.03902.
     """
     Q, K, V = _heads_first(q, k, v)
@@ -42,7 +46,7 @@ def nystromformer(q: Tensor, k: Tensor, v: Tensor, landmarks: int, iterations: i
         kernel_1 = torch.softmax(Q @ Kl.transpose(-1, -2) * scale, dim=-1)
         kernel_2 = torch.softmax(Ql @ Kl.transpose(-1, -2) * scale, dim=-1)
         kernel_3 = torch.softmax(Ql @ K.transpose(-1, -2) * scale, dim=-1)
-        out = kernel_1 @ pseudo_inverse(kernel_2, iterations) @ (kernel_3 @ V)
+        out = kernel_1 @ pseudo_inverse(kernel_2, iterations, shared) @ (kernel_3 @ V)
     if conv is not None:
         offset = torch.arange(n, device=q.device) - torch.arange(n, device=q.device)[:, None] + conv.shape[1] // 2
         inside = (offset >= 0) & (offset < conv.shape[1])
@@ -51,11 +55,12 @@ def nystromformer(q: Tensor, k: Tensor, v: Tensor, landmarks: int, iterations: i
     return out.transpose(1, 2).to(q.dtype)
 
 
-def pseudo_inverse(A: Tensor, iterations: int) -> Tensor:
+def pseudo_inverse(A: Tensor, iterations: int, shared: bool = False) -> Tensor:
     """Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from Z = A^T / (|A|_1 |A|_inf), for each row-stochastic A [..., m, m] by
-    itself (|A|_inf = 1)."""
+    itself (|A|_inf = 1); shared: with the largest |A|_1 of all."""
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    Z = A.transpose(-1, -2) / A.sum(-2).amax(-1)[..., None, None]
+    norms = A.sum(-2).amax(-1)[..., None, None]
+    Z = A.transpose(-1, -2) / (norms.amax() if shared else norms)
     for _ in range(iterations):
         AZ = A @ Z
         Z = 0.25 * Z @ (13 * eye - AZ @ (15 * eye - AZ @ (7 * eye - AZ)))

@@ -9,10 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return tuple(t.to(dtype) for t in tensors)
+from attlas.numerics import widened
 
 
 def hierarchical(q: Tensor, k: Tensor, v: Tensor, block: int, causal: bool, coarse_queries: bool) -> Tensor:
@@ -22,7 +19,7 @@ def hierarchical(q: Tensor, k: Tensor, v: Tensor, block: int, causal: bool, coar
 
     q, k, v [B, T, H, D] -> [B, T, H, D]. Zhu and Soricut 2021, arXiv:2107.11906 (their sums of values over sums of ones).
     """
-    Q, K, V = _wide(q, k, v)
+    Q, K, V = widened(q, k, v)
     n = Q.shape[1]
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
     scores = Q.new_full((*Q.shape[::2], n, n), -math.inf)
@@ -46,7 +43,7 @@ def multi_resolution(
     ("relative"); before them come the pairs |x - y| <= diagonal // 2, and those with x or y < first. The last block may be short.
     q, k, v [B, T, H, D] -> [B, T, H, D]. Zeng et al. 2022, arXiv:2207.10284.
     """
-    Q, K, V = _wide(q, k, v)
+    Q, K, V = widened(q, k, v)
     fine = torch.einsum("bihd,bjhd->bhij", Q, K) * Q.shape[-1] ** -0.5
     low = torch.einsum("bihd,bjhd->bhij", _group_means(Q, block), _group_means(K, block)) * Q.shape[-1] ** -0.5
     scores = torch.full_like(fine, -math.inf)
@@ -80,7 +77,7 @@ def compress(x: Tensor, weight: Tensor, bias: Tensor, factor: int) -> Tensor:
     x [B, T, H, D]; weight [H D, C, factor], C = H D (all channels) or D (those of the head). -> [B, T // factor, H, D].
     """
     b, t, h, d = x.shape
-    X, W, bias = _wide(x[:, : t // factor * factor].reshape(b, t // factor, factor, h * d), weight, bias)
+    X, W, bias = widened(x[:, : t // factor * factor].reshape(b, t // factor, factor, h * d), weight, bias)
     if W.shape[1] == h * d:
         Y = torch.einsum("bmfc,ocf->bmo", X, W)
     else:
@@ -97,13 +94,13 @@ def memory_compressed(
 
     Liu et al. 2018, arXiv:1801.10198.
     """
-    Q, K, V = _wide(q, k, v)
+    Q, K, V = widened(q, k, v)
     S = torch.einsum("bihd,bjhd->bhij", Q, K) * Q.shape[-1] ** -0.5
     if factor is not None:
         i, m = torch.arange(Q.shape[1], device=q.device)[:, None], torch.arange(K.shape[1], device=q.device)
         S = S.masked_fill((m + 1) * factor - 1 + lag > i, -math.inf)
     if k_0 is not None and v_0 is not None:
-        first, value = _wide(k_0, v_0)
+        first, value = widened(k_0, v_0)
         S = torch.cat([torch.einsum("bihd,bjhd->bhij", Q, first) * Q.shape[-1] ** -0.5, S], -1)
         V = torch.cat([value, V], 1)
     sees = S.isfinite().any(-1, keepdim=True)
@@ -116,7 +113,7 @@ def synthesizer(scores: Sequence[Tensor], shares: Tensor, v: Tensor, allowed: Te
 
     allowed: bool [T, T], True = may attend, None = every pair. v [B, T, H, D] -> [B, T, H, D]. Tay et al. 2020, arXiv:2005.00743.
     """
-    shares, V = _wide(shares, v)
+    shares, V = widened(shares, v)
     S = torch.stack([s.to(V.dtype).expand(V.shape[0], -1, -1, -1) * a for s, a in zip(scores, shares, strict=True)]).sum(0)
     if allowed is not None:
         S = S.masked_fill(~allowed, -math.inf)
@@ -131,7 +128,7 @@ def lambda_layer(q: Tensor, k: Tensor, v: Tensor, E: Tensor, causal: bool) -> Te
 
     q [B, T, H, K], k [B, T, U, K], v [B, T, U, V], E [scope, K, U] -> [B, T, H, V]. Bello 2021, arXiv:2102.08602.
     """
-    Q, keys, V, table = _wide(q, k, v, E)
+    Q, keys, V, table = widened(q, k, v, E)
     n, scope = Q.shape[1], E.shape[0]
     outs = []
     for t in range(n):

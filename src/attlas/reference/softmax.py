@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from attlas.numerics import wide_dtype
 from attlas.scores import ScoreMod
 
 
@@ -34,7 +35,7 @@ def attention(
     A query that may attend to nothing gives out 0, lse -inf (lse = sink if there is one). O(Tq Tk) memory.
     Vaswani et al. 2017, arXiv:1706.03762.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q.dtype)
     tq, h, d = q.shape[-3:]
     tk, hkv = k.shape[-3:-1]
     scale = 1.0 / math.sqrt(d) if scale is None else scale

@@ -19,8 +19,9 @@ from starlette.responses import HTMLResponse, Response
 from attlas._version import __version__
 from attlas.serve.chat import chat
 from attlas.serve.completions import complete
-from attlas.serve.errors import ApiError, Disconnected, failed, invalid, unavailable
+from attlas.serve.errors import ApiError, Disconnected, draining, failed, invalid, unavailable
 from attlas.serve.overview import overview
+from attlas.serve.parameters import in_vocabulary
 from attlas.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ErrorBody, TokenizeBody, explained
 from attlas.serve.security import OWNER, BodyLimit, Gate, Head, HostCheck, KeyCheck, Keys, error_response
 from attlas.serve.service import Service
@@ -116,7 +117,8 @@ def _work(app: Server, service: Service) -> None:
             ids = await service.encode(body.prompt, "prompt", special=body.add_special_tokens is not False)
         else:
             messages = [message.plain() for message in body.messages or ()]
-            ids = await service.encode_chat(messages, body.add_generation_prompt is not False)
+            text = await service.chat_text(messages, body.add_generation_prompt is not False)
+            ids = await service.encode(text, "messages", special=False)
         told = {"count": len(ids), "max_model_len": service.served.max_len, "tokens": ids}
         return Json({**told, "token_strs": [service.tokenizer.token(i) for i in ids]} if body.return_token_strs else told)
 
@@ -124,12 +126,7 @@ def _work(app: Server, service: Service) -> None:
     async def detokenize(body: DetokenizeBody) -> Response:
         body.check_extra()
         service.check_model(body.model)
-        if body.tokens:
-            wrong = [i for i in body.tokens if i >= service.served.vocab_size]
-            if wrong:
-                size = service.served.vocab_size
-                raise invalid(f"token id {wrong[0]} is outside the model's vocabulary of {size}", "tokens", "invalid_value")
-        return Json({"prompt": service.tokenizer.decode(body.tokens)})
+        return Json({"prompt": service.tokenizer.decode(in_vocabulary(body.tokens, service.served.vocab_size, "tokens"))})
 
 
 def _views(app: Server, service: Service) -> None:
@@ -150,7 +147,7 @@ def _views(app: Server, service: Service) -> None:
         if service.worker.problem is not None:
             raise unavailable(f"The engine is not running: {service.worker.problem}.", "unhealthy")
         if app.gate.closed:
-            raise service.shutting_down()
+            raise draining()
         return {"status": "ok"}
 
     @app.get("/metrics", response_model=None)

@@ -30,6 +30,9 @@ async def complete(service: Service, request: Request, body: CompletionBody) -> 
     given = prompts_of(body)
     if len(given) > service.limits.prompts:
         raise invalid(f"{len(given)} prompts; at most {service.limits.prompts} are taken at once", "prompt", "invalid_value")
+    for text in given:
+        if isinstance(text, str):
+            service.check_length(text, "prompt")
     prompts = [await service.encode(p, "prompt") if isinstance(p, str) else p for p in given]
     room = service.room(prompts, "prompt")
     vocabulary = service.served.vocab_size

@@ -60,6 +60,10 @@ def unavailable(message: str, code: str, seconds: int = 5) -> ApiError:
     return ApiError(503, message, kind="service_unavailable", code=code, headers={"Retry-After": str(seconds)})
 
 
+def draining() -> ApiError:
+    return unavailable("The server is shutting down and takes no new requests.", "draining")
+
+
 def timed_out(seconds: float) -> ApiError:
     message = f"The request took longer than the {seconds:g} s that this server allows; ask for fewer tokens."
     return ApiError(408, message, kind="timeout_error", code="request_timeout", headers={"x-should-retry": "false"})

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from attlas.engine.engine import Engine
-from attlas.engine.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
-from attlas.errors import OptionError
+from attlas.engine.tokenizer import ChatTemplate, Tokenizer
+from attlas.engine.tokenizer_files import load_tokenizer
 from attlas.models.config import language_model
-from attlas.models.load import load_model, located
+from attlas.models.load import dtype_of_weights, load_model, located
 from attlas.models.transformer import Transformer
-from attlas.registry import suggest
 from attlas.serve.options import ServeOptions
 from attlas.serve.service import Served
 
-DTYPES = ("float32", "bfloat16", "float16")
 PLAIN_CHAT = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
@@ -22,11 +20,7 @@ PLAIN_CHAT = (
 
 def load(options: ServeOptions) -> Served:
     """The model, its tokenizer and an engine around them."""
-    import torch
-
-    if options.dtype not in DTYPES:
-        raise OptionError(f"--dtype {options.dtype}: {suggest(options.dtype, DTYPES)}")
-    dtype = getattr(torch, options.dtype)
+    dtype = dtype_of_weights(options.dtype)
     if options.model is None:
         model, tokenizer, name = random_model().to(dtype), byte_tokenizer(), "random"
     else:

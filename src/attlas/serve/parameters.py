@@ -40,7 +40,7 @@ def sampling(body: Sampling, limits: Limits, *, room: int, vocab_size: int, long
         raise invalid(f"n={_short(body.n)}; this server gives at most {limits.answers} answers", "n", "invalid_value")
     given["max_tokens"] = _max_tokens(body, room, longest_default)
     given["stop"] = _stops(body.stop, limits)
-    given["stop_token_ids"] = tuple(_in_vocabulary(body.stop_token_ids or (), vocab_size, "stop_token_ids"))
+    given["stop_token_ids"] = tuple(in_vocabulary(body.stop_token_ids or (), vocab_size, "stop_token_ids"))
     given["logit_bias"] = _biases(body.logit_bias or {}, vocab_size)
     given["json_schema"] = _schema(body.response_format, limits)
     given.update(_logprobs(body))
@@ -86,7 +86,8 @@ def _stops(stop: str | Sequence[str] | None, limits: Limits) -> tuple[str, ...]:
     return stops
 
 
-def _in_vocabulary(ids: Sequence[int], vocab_size: int, param: str) -> Sequence[int]:
+def in_vocabulary(ids: Sequence[int], vocab_size: int, param: str) -> Sequence[int]:
+    """The token ids; one that the model does not have is an error of `param`."""
     for i in ids:
         if not 0 <= i < vocab_size:
             raise invalid(f"token id {_short(i)} is outside the model's vocabulary of {vocab_size}", param, "invalid_value")
@@ -102,7 +103,7 @@ def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float
             raise invalid(f"{name[:32]!r} is not a token id", "logit_bias", "invalid_value")
         if not -100 <= bias <= 100:
             raise invalid(f"a bias is between -100 and 100, got {bias:g}", "logit_bias", "invalid_value")
-        found.append((_in_vocabulary([int(name)], vocab_size, "logit_bias")[0], bias))
+        found.append((in_vocabulary([int(name)], vocab_size, "logit_bias")[0], bias))
     return tuple(found)
 
 

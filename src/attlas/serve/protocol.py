@@ -198,7 +198,7 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def explained(errors: list[dict[str, Any]], fields: frozenset[str] = frozenset()) -> ApiError:
+def explained(errors: list[dict[str, Any]]) -> ApiError:
     """What pydantic says about a body, as one sentence about the first field that is wrong."""
     first = errors[0]
     where = [str(part) for part in first["loc"] if part != "body"]

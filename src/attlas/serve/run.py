@@ -16,6 +16,7 @@ import uvicorn
 from attlas.errors import AttlasError
 from attlas.serve.app import Server, create_app
 from attlas.serve.connection import Connection
+from attlas.serve.errors import draining
 from attlas.serve.options import ServeOptions
 from attlas.serve.service import Served, Service
 
@@ -62,7 +63,7 @@ class DrainingServer(uvicorn.Server):
         except asyncio.TimeoutError:
             logging.getLogger("attlas.serve").error("%d requests were cut off after %g s", gate.inside, self.seconds)
             for flight in list(self.app.service.flights.values()):
-                flight.fail(self.app.service.shutting_down())
+                flight.fail(draining())
             await asyncio.sleep(0.5)  # their answers are written
         self.should_exit = True
 

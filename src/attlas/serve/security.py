@@ -15,7 +15,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from attlas.serve.errors import ApiError, overloaded, unauthorized, unavailable
+from attlas.serve.errors import ApiError, draining, overloaded, unauthorized
 from attlas.serve.options import Limits
 from attlas.serve.wire import Json
 
@@ -173,8 +173,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         if self.closed or self.inside >= self.most:
-            full = overloaded(1)
-            error = unavailable("The server is shutting down and takes no new requests.", "draining") if self.closed else full
+            error = draining() if self.closed else overloaded(1)
             error.headers["Connection"] = "close"
             self.on_refuse(error.status)
             await error_response(error)(scope, receive, send)
@@ -240,8 +239,5 @@ class BodyLimit:
         return b"".join(chunks)
 
     def _too_large(self) -> ApiError:
-        error = ApiError(
-            413, f"The body is larger than the {self.limits.body} bytes that this server takes.", code="body_too_large"
-        )
-        error.headers["Connection"] = "close"
-        return error
+        message = f"The body is larger than the {self.limits.body} bytes that this server takes."
+        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.requests import Request
 
@@ -16,6 +16,7 @@ from attlas.serve.errors import ApiError, Disconnected, invalid
 from attlas.serve.flight import Flight, Job
 from attlas.serve.metrics import Metrics
 from attlas.serve.options import Limits
+from attlas.serve.parameters import in_vocabulary
 from attlas.serve.security import OWNER
 from attlas.serve.spelling import Spelling
 from attlas.serve.worker import Busy, EngineFailed, EngineLike, Unhealthy, Worker
@@ -28,7 +29,9 @@ class TokenizerLike(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]: ...
+    def chat_text(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str: ...
+
+    def fewest_tokens(self, text: str) -> int: ...
 
     def token(self, id: int) -> str: ...
 
@@ -54,6 +57,7 @@ class Service:
 
     def __init__(self, served: Served, limits: Limits) -> None:
         self.served, self.limits, self.tokenizer = served, limits, served.tokenizer
+        self.tokenizer.fewest_tokens("")  # reads the vocabulary, before anybody waits
         self.spelling = Spelling(served.tokenizer)
         self.metrics = Metrics(served.name)
         self.worker = Worker(served.engine, capacity=served.max_running + limits.queue, observer=self.metrics)
@@ -77,11 +81,24 @@ class Service:
         except UnicodeError:
             raise invalid(f"{param} is not valid Unicode text", param, "invalid_value") from None
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> list[int]:
+    async def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         try:
-            return await asyncio.to_thread(self.tokenizer.encode_chat, messages, add_generation_prompt=add_generation_prompt)
+            return await asyncio.to_thread(self.tokenizer.chat_text, messages, add_generation_prompt=add_generation_prompt)
         except AttlasError as error:
             raise invalid(str(error)[: errors.LONGEST_MESSAGE], "messages", "invalid_value") from None
+
+    def check_length(self, text: str, param: str) -> None:
+        """Refuse a prompt that cannot fit however it is cut into tokens, which takes seconds for a text of megabytes."""
+        fewest = self.tokenizer.fewest_tokens(text)
+        if fewest >= self.served.max_len:
+            raise self._too_long(f"at least {fewest}", param)
+
+    def _too_long(self, tokens: str, param: str) -> ApiError:
+        message = (
+            f"The prompt has {tokens} tokens. This model's maximum context length here is {self.served.max_len} tokens, at least "
+            "one of which is for the answer."
+        )
+        return invalid(message, param, "context_length_exceeded")
 
     def room(self, prompts: Sequence[Sequence[int]], param: str) -> int:
         """Tokens that fit behind the longest prompt. Refuses prompts that are empty, too long or of unknown tokens."""
@@ -89,15 +106,9 @@ class Service:
             raise invalid(f"The {param} is empty: give at least one token.", param, "empty_prompt")
         longest, most = max(map(len, prompts)), self.served.max_len
         if longest >= most:
-            message = (
-                f"The prompt has {longest} tokens. This model's maximum context length here is {most} tokens, at least one of "
-                "which is for the answer."
-            )
-            raise invalid(message, param, "context_length_exceeded")
+            raise self._too_long(str(longest), param)
         for ids in prompts:
-            if wrong := next((i for i in ids if not 0 <= i < self.served.vocab_size), None):
-                size = self.served.vocab_size
-                raise invalid(f"Token id {wrong} is outside the model's vocabulary of {size}.", param, "invalid_value")
+            in_vocabulary(ids, self.served.vocab_size, param)
         return most - longest
 
     # ---- through the engine
@@ -156,18 +167,6 @@ class Service:
             return errors.failed()
         raise error
 
-    @staticmethod
-    def shutting_down() -> ApiError:
-        return errors.unavailable("The server is shutting down.", "draining")
-
     def salt(self, request: Request, cache_salt: str | None) -> str:
         """The cache namespace of a request: that of its key, and within it the one that the request names."""
         return f"{request.scope.get(OWNER, '')}\0{cache_salt or ''}"
-
-    def usage(self, flight: Flight) -> dict[str, Any]:
-        return {
-            "prompt_tokens": flight.prompt_tokens,
-            "completion_tokens": flight.tokens,
-            "total_tokens": flight.prompt_tokens + flight.tokens,
-            "prompt_tokens_details": {"cached_tokens": flight.cached_tokens},
-        }

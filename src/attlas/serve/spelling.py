@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import re
 from typing import Protocol
 
 from attlas.engine.detokenizer import REPLACEMENT
-
-SPACE = "\u2581"  # how SentencePiece spells a blank
-# The letters that byte-level tokenizers write bytes with: printable bytes stand for themselves, the others for the letters from
-# U+0100 on.
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-LETTERS = {chr(byte): byte for byte in PRINTABLE} | {
-    chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in PRINTABLE)
-}
+from attlas.engine.letters import BYTES, LETTERS, SPACE
 
 
 class Speller(Protocol):
@@ -35,8 +27,8 @@ class Spelling:
         if spelled.startswith(SPACE):  # decoded by itself it would be the beginning of a text, which loses its blank
             return spelled.replace(SPACE, " ").encode()
         if REPLACEMENT in text:
-            if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", spelled):
-                return bytes([int(byte[1], 16)])
+            if spelled in BYTES:
+                return bytes([BYTES[spelled]])
             if all(letter in LETTERS for letter in spelled):
                 return bytes(LETTERS[letter] for letter in spelled)
         return text.encode("utf-8", "replace") if text else None

@@ -48,7 +48,13 @@ class Shape(ABC):
         """What a stream says of a choice when `output` has been added to it; nothing where there is nothing to say yet."""
 
     def usage(self) -> dict[str, Any]:
-        return self.service.usage(self.flight)
+        flight = self.flight
+        return {
+            "prompt_tokens": flight.prompt_tokens,
+            "completion_tokens": flight.tokens,
+            "total_tokens": flight.prompt_tokens + flight.tokens,
+            "prompt_tokens_details": {"cached_tokens": flight.cached_tokens},
+        }
 
     def whole(self, answers: dict[int, Answer]) -> dict[str, Any]:
         choices = [self.choice(index, answers[index]) for index in sorted(answers)]

@@ -67,7 +67,7 @@ CARDS = (
         aliases=("clustered-attention",),
         family="content-based",
         summary="Queries are clustered, and all of a cluster get the attention of their mean.",
-        formula="y_i = softmax(Q^c K^T / sqrt(d)) V for i in cluster c,  Q^c = mean of the cluster's queries; clusters by "
+        formula="y_i = softmax(Q^c K^T / sqrt(d_h)) V for i in cluster c,  Q^c = mean of the cluster's queries; clusters by "
         "K-means of sign(A q) in Hamming distance",
         paper="Vyas et al., Fast Transformers with Clustered Attention, arXiv:2007.04825",
         year=2020,
@@ -101,8 +101,8 @@ CARDS = (
         aliases=("i-clustered",),
         family="content-based",
         summary="Clustered attention, with exact weights for the keys that matter most to each cluster.",
-        formula="y_i = m_c softmax(q_i K_T^T / sqrt(d)) V_T + sum_(j not in T) A^c_j v_j;  A^c = softmax(Q^c K^T / sqrt(d)),  "
-        "T = top-k of A^c,  m_c = sum_(j in T) A^c_j",
+        formula="y_i = m_c softmax(q_i K_T^T / sqrt(d_h)) V_T + sum_(j not in T) A^c_j v_j;  A^c = softmax(Q^c K^T / sqrt(d_h)), "
+        " T = top-k of A^c,  m_c = sum_(j in T) A^c_j",
         paper="Vyas et al., Fast Transformers with Clustered Attention, arXiv:2007.04825",
         year=2020,
         used_by=("fast-transformers",),
@@ -129,7 +129,7 @@ CARDS = (
         aliases=("routing-transformer",),
         family="content-based",
         summary="Clusters with learned means take the queries and keys nearest to them, which attend to each other.",
-        formula="y_i = mean over clusters c with i in I_c of softmax_(j in J_c)(q_i . k_j / sqrt(d)) v_j;  I_c, J_c = top-w of "
+        formula="y_i = mean over clusters c with i in I_c of softmax_(j in J_c)(q_i . k_j / sqrt(d_h)) v_j;  I_c, J_c = top-w of "
         "mu_c . q, mu_c . k",
         paper="Roy et al., Efficient Content-Based Sparse Attention with Routing Transformers, arXiv:2003.05997",
         year=2020,

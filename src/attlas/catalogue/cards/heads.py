@@ -12,13 +12,15 @@ _CASTLE: dict[str, Any] = {
     "paper": "Song et al., Causal Attention with Lookahead Keys, arXiv:2509.07301",
     "year": 2025,
     "used_by": (),
-    "cache": "4 h d per token: q^U, k, v, and u in fp32; every step rewrites u",
+    "memory": "O(n h d_h): inputs, output and one lookahead key per token; the backward pass undoes the sweep block by block",
+    "cache": "4 h d_h per token: q^U, k, v, and u in fp32; every step rewrites u",
     "supports": frozenset({"causal", "packed", "decode", "backward", "compile"}),
     "reference": "attlas.reference.lookahead:castle_parallel",
     "op": "attlas.ops.lookahead:lookahead_attention",
     "level": 2,
     "pattern": Causal(),
 }
+_CASTLE_READ = "y_t = softmax_(s<=t)(q_t . k_s / sqrt(d_h) - silu(q_t . u_s^t / sqrt(d_h))) v_s"
 _CASTLE_CAVEATS = (
     "seven projections where multi-head attention has four: for as many parameters take 4/7 of the heads, as the paper does",
     "no kernel of its own: blocks of 64 queries in torch, so slower than causal attention by more than its flops say",
@@ -35,15 +37,15 @@ CARDS = (
         aliases=("iha", "interleaved-head-attention"),
         family="heads",
         summary="Every head attends over P mixtures of all heads, laid out as a sequence that is P times as long.",
-        formula="q'_(n,h,p) = sum_m a^Q[m,h,p] q_(n,m), also k', v'; A_h = softmax(Q'_h K'_h^T / sqrt(d)) V'_h over n P virtual "
-        "tokens; o_(n,h) = sum_(g,p) R[h,g,p] A_(g,(n,p))",
+        formula="q'_(n,h,p) = sum_m a^Q[m,h,p] q_(n,m), also k', v'; A_h = softmax(Q'_h K'_h^T / sqrt(d_h)) V'_h over n P "
+        "virtual tokens; o_(n,h) = sum_(g,p) R[h,g,p] A_(g,(n,p))",
         paper="Duvvuri et al., Interleaved Head Attention, arXiv:2602.21371",
         year=2026,
         used_by=(),
-        time="O(P^2 n^2 h d / 2) for P pseudo-heads, P^2 times multi-head attention; the paper pays for it with windows of "
+        time="O(P^2 n^2 h d_h / 2) for P pseudo-heads, P^2 times multi-head attention; the paper pays for it with windows of "
         "n / (2 P^2) tokens in four layers of five",
-        memory="O(n P h d) for the virtual tokens",
-        cache="2 h d per token, as in multi-head attention: keys and values before mixing; a window + 1 tokens with a window",
+        memory="O(n P h d_h) for the virtual tokens",
+        cache="2 h d_h per token, as in multi-head attention: keys and values before mixing; a window + 1 tokens with a window",
         supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "compile"}),
         caveats=(
             "the paper leaves open whether a pseudo-query sees all pseudo-keys of its own token: causal=True is the flat order "
@@ -70,11 +72,9 @@ CARDS = (
         name="castle",
         aliases=("lookahead-keys", "causal-attention-with-lookahead-keys"),
         summary="Causal attention whose keys go on gathering from the tokens that come after them, as far as the query may see.",
-        formula="u_s^t = sum_(s<j<=t) sigmoid(q^U_s . k^U_j / sqrt(d)) v^U_j; "
-        "y_t = softmax_(s<=t)(q_t . k_s / sqrt(d) - silu(q_t . u_s^t / sqrt(d))) v_s",
-        time="O(n^2 h d): about 2.5 times the flops per pair of causal attention; O(n h d) per decoded token, which rewrites "
+        formula="u_s^t = sum_(s<j<=t) sigmoid(q^U_s . k^U_j / sqrt(d_h)) v^U_j; " + _CASTLE_READ,
+        time="O(n^2 h d_h): about 2.5 times the flops per pair of causal attention; O(n h d_h) per decoded token, which rewrites "
         "all n lookahead keys",
-        memory="O(n h d): inputs, output and one lookahead key per token; the backward pass undoes the sweep block by block",
         caveats=_CASTLE_CAVEATS,
         mixer="attlas.nn.castle:castle",
         example={"dim": 23, "num_heads": 3, "head_dim": 4},
@@ -84,11 +84,9 @@ CARDS = (
         name="castle-swl",
         aliases=("sliding-window-lookahead", "castle-sliding"),
         summary="Causal attention whose keys go on gathering from the next `window` tokens, as far as the query may see.",
-        formula="u_s^t = sum_(s<j<=min(t,s+w)) sigmoid(q^U_s . k^U_j / sqrt(d)) v^U_j; "
-        "y_t = softmax_(s<=t)(q_t . k_s / sqrt(d) - silu(q_t . u_s^t / sqrt(d))) v_s",
-        time="O(n^2 h d + n w h d): about 1.5 times the flops per pair of causal attention; O(n h d) per decoded token, which "
-        "rewrites w lookahead keys",
-        memory="O(n h d): inputs, output and one lookahead key per token; the backward pass undoes the sweep block by block",
+        formula="u_s^t = sum_(s<j<=min(t,s+w)) sigmoid(q^U_s . k^U_j / sqrt(d_h)) v^U_j; " + _CASTLE_READ,
+        time="O(n^2 h d_h + n w h d_h): about 1.5 times the flops per pair of causal attention; O(n h d_h) per decoded token, "
+        "which rewrites w lookahead keys",
         caveats=("the window limits what a key gathers, not how far back a query sees: the cache grows", *_CASTLE_CAVEATS),
         mixer="attlas.nn.castle:castle_swl",
         example={"dim": 23, "num_heads": 3, "head_dim": 4, "window": 5},
@@ -111,7 +109,8 @@ CARDS = (
         cache="r + m d_r per token: the latent and the rotated keys that all heads share",
         supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward", "compile"}),
         caveats=(
-            "made by attlas.nn.convert from multi-head or grouped-query layers: exact at full rank where as many rotary keys are "
+            "made by attlas.nn.convert.to_latent from multi-head or grouped-query layers (whole models: "
+            "attlas.models.convert.to_latent_model): exact at full rank where as many rotary keys are "
             "kept as the layer has key heads (or where it has no rotary positions)",
             "with fewer rotary keys the rest of every key loses its rotation, an approximation that further training must mend",
             "not the form of DeepSeek's checkpoints, whose norms on the latents no trained layer can be rewritten with",

@@ -37,7 +37,7 @@ CARDS = (
         name="performer",
         aliases=("favor", "favor+", "rff"),
         summary="Linear attention whose random features estimate the softmax kernel without bias.",
-        formula="phi(x) = m^-1/2 exp(W x - |x|^2 / 2), x scaled by d^-1/4, W orthogonal Gaussian; or cosines and sines of W x",
+        formula="phi(x) = m^-1/2 exp(W x - |x|^2 / 2), x scaled by d_h^-1/4, W orthogonal Gaussian; or cosines and sines of W x",
         paper="Choromanski et al., Rethinking Attention with Performers, arXiv:2009.14794",
         year=2020,
         used_by=(),

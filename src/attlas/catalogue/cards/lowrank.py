@@ -15,7 +15,7 @@ CARDS = (
         name="linformer",
         family="low-rank",
         summary="Learned matrices shorten the sequence of keys and values to a fixed number of them.",
-        formula="y = softmax(Q (E K)^T / sqrt(d)) (F V),  E and F of r x n",
+        formula="y = softmax(Q (E K)^T / sqrt(d_h)) (F V),  E and F of r x n",
         paper="Wang et al., Linformer: Self-Attention with Linear Complexity, arXiv:2006.04768",
         year=2020,
         used_by=(),
@@ -44,7 +44,7 @@ CARDS = (
         family="low-rank",
         summary="Averages of segments stand for all queries and keys; the attention matrix is rebuilt from them.",
         formula="y = softmax(Q K~^T) Z softmax(Q~ K^T) V + conv(V);  Q~, K~ segment means, Z ~ pinv(softmax(Q~ K~^T)), scaled by "
-        "1 / sqrt(d)",
+        "1 / sqrt(d_h)",
         paper="Xiong et al., Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention, arXiv:2102.03902",
         year=2021,
         used_by=("Nystromformer (64 landmarks)",),
@@ -55,7 +55,7 @@ CARDS = (
         caveats=(
             "weights may be negative and rows do not sum to 1 where the iteration has not converged",
             "the start of the iteration is scaled per sequence and head; transformers' default takes one maximum over batch and "
-            "heads, so that its outputs depend on the other rows of the batch",
+            "heads, so that its outputs depend on the other rows of the batch (start='batch')",
             "padding is left out of the landmarks; transformers averages over it",
             "segments differ by one token when the length is no multiple of the landmarks; transformers needs a multiple",
             "sequences of different lengths in a packed batch run one by one",
@@ -66,13 +66,14 @@ CARDS = (
         level=2,
         example={**_SMALL, "landmarks": 5, "conv_kernel": 3},
         options_for={"packed": {"conv_kernel": None}},
+        variants={"start": "batch"},
         degenerate=Degenerate({"landmarks": 307, "conv_kernel": None}, equals="full", equals_options={"rope": False}),
     ),
     Card(
         name="memory-compressed",
         family="low-rank",
         summary="Convolutions with stride shorten the keys and values; every query attends to the short sequence.",
-        formula="y = softmax(Q K'^T / sqrt(d)) V',  K'_m = sum_i W_i k_{m f + i} + b, V' likewise;  causal: entry m from token "
+        formula="y = softmax(Q K'^T / sqrt(d_h)) V',  K'_m = sum_i W_i k_{m f + i} + b, V' likewise;  causal: entry m from token "
         "(m + 1) f - 1 on",
         paper="Liu et al., Generating Wikipedia by Summarizing Long Sequences, arXiv:1801.10198",
         year=2018,
@@ -123,11 +124,12 @@ CARDS = (
         supports=frozenset({"causal", "bidirectional", "packed", "decode", "backward"}),
         caveats=(
             "made for at most max_len positions: weights are learned for absolute positions",
-            "the shares of a mixture are softmax(mix); Mesh TensorFlow mixes dot products and random with a sigmoid",
+            "the shares of a mixture are softmax(mix), of two kinds Mesh TensorFlow's sigmoid (plus_alpha); combine='sum' adds "
+            "the scores up (its plus)",
             "dense layers have a hidden layer of their own per head; factorised dense fills max_len with the outer product of a "
             "and b "
             "= ceil(sqrt(max_len)) outputs, cut at the end, where the paper wants a b = max_len",
-            "dot products are scaled by 1 / sqrt(d); T5 and Mesh TensorFlow do not scale",
+            "dot products are scaled by 1 / sqrt(d_h); T5 and Mesh TensorFlow do not scale (scale=1.0)",
             "sequences of different lengths in a packed batch run one by one",
             "tested against a loop over tokens in fp64; there is no other implementation in torch",
         ),
@@ -141,7 +143,7 @@ CARDS = (
             "decode": {"causal": True},
             "bidirectional": {"kinds": ("random", "factorised-random", "dense")},
         },
-        variants={"kinds": ("dense", "factorised-random", "fixed-random"), "max_len": 31},
+        variants={"kinds": ("dense", "factorised-random", "fixed-random"), "max_len": 31, "combine": "sum", "scale": 1.0},
     ),
     Card(
         name="lambda",

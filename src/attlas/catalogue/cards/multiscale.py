@@ -15,10 +15,9 @@ CARDS = (
         aliases=("h-transformer", "h-transformer-1d"),
         family="multi-scale",
         summary="Near tokens one by one, far ones in groups that double in size with the distance; one softmax over all.",
-        formula="y_i = sum_g |g| exp(q_i . k_g / sqrt(d)) v_g / sum_g |g| exp(q_i . k_g / sqrt(d)),  k_g, v_g means over group "
-        "g; the "
-        "groups of i at level l have 2^l tokens and fill the blocks of r 2^l tokens next to that of i, which no lower level "
-        "fills",
+        formula="y_i = sum_g |g| exp(q_i . k_g / sqrt(d_h)) v_g / sum_g |g| exp(q_i . k_g / sqrt(d_h)),  k_g, v_g means over "
+        "group g; the groups of i at level l have 2^l tokens and fill the blocks of r 2^l tokens next to that of i, which no "
+        "lower level fills",
         paper="Zhu & Soricut, H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, arXiv:2107.11906",
         year=2021,
         used_by=("H-Transformer-1D",),
@@ -54,8 +53,9 @@ CARDS = (
         aliases=("mra", "mra-2"),
         family="multi-scale",
         summary="The pairs of blocks that matter most are computed token by token, the others by the means of their blocks.",
-        formula="y_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij),  s_ij = q_i . k_j / sqrt(d) where the pair (x, y) of the blocks of "
-        "i and j is among the m n / b largest of S_xy = q_x . k_y / sqrt(d), else S_xy;  q_x, k_y means over blocks of b tokens",
+        formula="y_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij),  s_ij = q_i . k_j / sqrt(d_h) where the pair (x, y) of the blocks "
+        "of i and j is among the m n / b largest of S_xy = q_x . k_y / sqrt(d_h), else S_xy;  q_x, k_y means over blocks of b "
+        "tokens",
         paper="Zeng et al., Multi Resolution Analysis (MRA) for Approximate Self-Attention, arXiv:2207.10284",
         year=2022,
         used_by=("MRA (RoBERTa with MRA-2)",),
@@ -89,7 +89,7 @@ CARDS = (
         name="axial",
         family="multi-dimensional",
         summary="Tokens are the cells of a grid and attend along one axis of it after the other.",
-        formula="y = A_1(... A_k(x)),  A_a(x)_i = softmax over the cells j in line with i along axis a (q_i . k_j / sqrt(d)) "
+        formula="y = A_1(... A_k(x)),  A_a(x)_i = softmax over the cells j in line with i along axis a (q_i . k_j / sqrt(d_h)) "
         "v_j;  or "
         "the sum of A_a(x)",
         paper="Ho et al., Axial Attention in Multidimensional Transformers, arXiv:1912.12180",

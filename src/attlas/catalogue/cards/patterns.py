@@ -102,6 +102,7 @@ CARDS = (
         caveats=(
             "one set of projections; Longformer projects global tokens with weights of their own (card longformer)",
             "in the causal form a global token still sees only what came before it",
+            "a global position past the end of a sequence is nothing there: masks are rules on positions",
         ),
         mixer="attlas.nn.patterns:global_tokens",
         level=4,

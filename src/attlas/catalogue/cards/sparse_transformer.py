@@ -56,7 +56,8 @@ CARDS = (
         memory="O(n d)",
         cache="2 h d_h per token; c / l of that would be enough beyond the current block",
         caveats=(
-            "all heads use the same summary columns; the released code gives each head its own",
+            "all heads use the same summary tokens, as in the paper; summary=(tokens, columns) gives each head its own, as the "
+            "released code does, and goes through the mask",
             "the cost holds for dense causal sequences, whose summaries are gathered; packed and bidirectional calls go through "
             "the mask, where blocks below the tile size save nothing",
         ),

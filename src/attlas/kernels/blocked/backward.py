@@ -16,7 +16,7 @@ from torch import Tensor
 from attlas.kernels.blocked.block_scores import LOG2E, BlockScores, Buffer
 from attlas.kernels.blocked.careful import masked_product
 from attlas.kernels.blocked.chunks import Chunk, Shape, add_product, chunks
-from attlas.kernels.blocked.gangs import Gang, add_to_keys, gathered, put, taken
+from attlas.kernels.blocked.gangs import Gang, blocks_of, gathered, put, taken
 from attlas.kernels.blocked.layout import Layout, Row, Slab
 from attlas.masks.geometry import Grid
 from attlas.scores import ScoreMod
@@ -28,7 +28,8 @@ class Backward:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, *, shape: Shape, scale: float):
         self.q, self.k, self.v, self.out, self.stats = q, k, v, out, stats
         self.shape, self.scale = shape, scale
-        self.scores, self.spare, self.weights = (Buffer(q, shape.dtype) for _ in range(3))
+        self.scores, self.spare, self.weights, self.gathered = (Buffer(q, shape.dtype) for _ in range(4))
+        self.sums = (Buffer(q, shape.dtype), Buffer(q, shape.dtype))
 
     def run(
         self,
@@ -63,33 +64,45 @@ class Backward:
                 rows = layout.rows(chunk.map_b, chunk.map_h, isolate=careful)
             else:
                 together, rows = layout.shared_out(chunk.map_b, chunk.map_h)
-            for gang in together:
-                self._gang(chunk, gang, keys, values, layout.block_q)
+            if together:
+                self._gangs(chunk, together, keys[0], values[0])
             for row in rows:
                 self._row(chunk, row, keys, values)
 
-    def _gang(self, chunk: Chunk, gang: Gang, keys: Tensor, values: Tensor, size: int) -> None:
-        """What `_row` does, for several rows of one slab without masked pairs."""
-        dtype = self.shape.dtype
-        key, value = (gathered(x, gang, self.score.layout.block_k) for x in (keys, values))
+    def _gangs(self, chunk: Chunk, together: Sequence[Gang], keys: Tensor, values: Tensor) -> None:
+        """What `_row` does, for several rows at a time of one slab without masked pairs. keys, values [Tk, D]."""
+        size = self.score.layout.block_k
+        dk, dv = (x.shaped(len(y) // size, size, y.shape[-1]).zero_() for x, y in zip(self.sums, (keys, values), strict=True))
+        for gang in together:
+            self._gang(chunk, gang, keys, values, dk, dv)
+        for total, found in ((self.dk, dk), (self.dv, dv)):
+            blocks_of(total[chunk.b0, :, chunk.h0], size).add_(found)
+
+    def _gang(self, chunk: Chunk, gang: Gang, keys: Tensor, values: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Adds to dk, dv [blocks, block_k, D]: contiguous, as index_add_ is several times slower where they are not. The gathered
+        values, the gathered keys and the parts of dv and dk take turns in one buffer."""
+        dtype, size, size_k = self.shape.dtype, self.score.layout.block_q, self.score.layout.block_k
         queries = taken(self.q, chunk, gang, size, dtype)
         top, total = taken(self.stats, chunk, gang, size, dtype).split(1, -1)
         share = 1.0 / total
         if self.grad_out is None:
-            grad, delta = torch.zeros_like(queries[..., :1]).expand(*queries.shape[:2], value.shape[-1]), torch.zeros_like(share)
+            grad, delta = torch.zeros_like(queries[..., :1]).expand(*queries.shape[:2], dv.shape[-1]), torch.zeros_like(share)
         else:
-            grad = taken(self.grad_out, chunk, gang, size, dtype).mul_(share)
+            grad = taken(self.grad_out, chunk, gang, size, dtype) * share
             delta = (taken(self.out, chunk, gang, size, dtype) * grad).sum(-1, keepdim=True)
         if self.grad_lse is not None:
             delta.addcmul_(taken(self.grad_lse, chunk, gang, size, dtype), share, value=-1)
         put(self.delta, chunk, gang, delta)
-        s = self.scores.shaped(queries.shape[0], size, key.shape[1])
-        torch.baddbmm(s, queries, key.transpose(1, 2), beta=0, alpha=self.score.factor, out=s)
-        p = s.sub_(top).exp2_()
-        ds = torch.bmm(grad, value.transpose(1, 2), out=self.weights.shaped(*s.shape)).sub_(delta).mul_(p)
-        add_to_keys(self.dv, chunk, gang, torch.bmm(p.transpose(1, 2), grad))
-        add_to_keys(self.dk, chunk, gang, torch.bmm(ds.transpose(1, 2), queries).mul_(self.scale))
-        put(self.dq, chunk, gang, torch.bmm(ds, key).mul_(self.scale))
+        shape = len(gang.rows), size, gang.each * size_k
+        value = gathered(values, gang, size_k, self.gathered)
+        ds = torch.bmm(grad, value.transpose(1, 2), out=self.weights.shaped(*shape)).sub_(delta)
+        key, s = gathered(keys, gang, size_k, self.gathered), self.scores.shaped(*shape)
+        p = torch.baddbmm(s, queries, key.transpose(1, 2), beta=0, alpha=self.score.factor, out=s).sub_(top).exp2_()
+        put(self.dq, chunk, gang, torch.bmm(ds.mul_(p), key).mul_(self.scale))
+        for to, weights, right, factor in ((dv, p, grad, 1.0), (dk, ds, queries, self.scale)):
+            part = self.gathered.shaped(len(gang.rows), gang.each * size_k, right.shape[-1])
+            torch.baddbmm(part, weights.transpose(1, 2), right, beta=0, alpha=factor, out=part)
+            to.index_add_(0, gang.cols, part.view(-1, *to.shape[1:]))
 
     def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
         dtype, q0, q1 = self.shape.dtype, row.q0, row.q1

@@ -36,7 +36,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Batch rows b0..b1-1, key heads h0..h1-1 and their query heads a0..a1-1; map_b, map_h: which map of the layout they follow.
+    """Batch rows b0..b1-1, key heads h0..h1-1 and their query heads a0..a1-1; map_b, map_h: which rows of the layout are worked
+    through: map_h None means those that all heads have in common.
 
     In a chunk, one unit is one key head of one batch row: tensors become [units, group * queries, ...] with the query heads of
     a group stacked under each other, so that keys and values are never repeated.
@@ -49,7 +50,7 @@ class Chunk:
     a0: int
     a1: int
     map_b: int
-    map_h: int
+    map_h: int | None
 
     @property
     def units(self) -> int:
@@ -104,23 +105,29 @@ class Chunk:
 
 
 def chunks(shape: Shape, layout: Layout) -> Iterator[Chunk]:
-    """All (batch row, head) pairs, as few chunks as the score buffer allows; a chunk never mixes maps."""
-    b, h, hkv, g = shape.batch, shape.heads, shape.kv_heads, shape.group
+    """All (batch row, head) pairs, as few chunks as the score buffer allows: once for the rows that all heads have in common, and
+    head by head for the others."""
+    yield from _all_heads(shape, layout)
     if layout.heads > 1:
-        for i in range(b):
-            for a in range(h):
+        g = shape.group
+        for i in range(shape.batch):
+            for a in range(shape.heads):
                 yield Chunk(i, i + 1, a // g, a // g + 1, a, a + 1, i if layout.batch > 1 else 0, a)
-        return
-    unit = g * layout.block_q * max(1.0, min(layout.mean_keys, SLAB_KEYS))
-    fit = max(1, int(SCORES // unit))
+
+
+def _all_heads(shape: Shape, layout: Layout) -> Iterator[Chunk]:
+    b, h, hkv, g = shape.batch, shape.heads, shape.kv_heads, shape.group
+    widest = min(layout.mean_keys, SLAB_KEYS) if layout.heads == 1 else SLAB_KEYS
+    fit = max(1, int(SCORES // (g * layout.block_q * max(1.0, widest))))
     if layout.batch == 1 and fit >= 2 * hkv and b > 1:
         step = fit // hkv
-        for i in range(0, b, step):
-            yield Chunk(i, min(b, i + step), 0, hkv, 0, h, 0, 0)
+        for i in range(0, b, step) if layout.has_common(0) else ():
+            yield Chunk(i, min(b, i + step), 0, hkv, 0, h, 0, None)
         return
     parts = -(-hkv // min(fit, hkv))
     step = -(-hkv // parts)
     for i in range(b):
-        for j in range(0, hkv, step):
+        row = i if layout.batch > 1 else 0
+        for j in range(0, hkv, step) if layout.has_common(row) else ():
             end = min(hkv, j + step)
-            yield Chunk(i, i + 1, j, end, j * g, end * g, i if layout.batch > 1 else 0, 0)
+            yield Chunk(i, i + 1, j, end, j * g, end * g, row, None)

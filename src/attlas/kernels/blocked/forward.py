@@ -24,6 +24,7 @@ class Forward:
         self.sink = None if sink is None else sink.detach().to(shape.dtype) * LOG2E
         self.scores = Buffer(q, shape.dtype)
         self.spare = Buffer(q, shape.dtype)
+        self.gathered = Buffer(q, shape.dtype)
 
     def run(
         self, layout: Layout, mod: ScoreMod | None, grid: Grid, *, need_stats: bool, careful: bool
@@ -46,24 +47,27 @@ class Forward:
                 rows = layout.rows(chunk.map_b, chunk.map_h, isolate=careful)
             else:
                 together, rows = layout.shared_out(chunk.map_b, chunk.map_h)
-            for gang in together:
-                self._gang(chunk, gang, keys, values, layout.block_q)
+            if together:
+                self._gangs(chunk, together, keys[0], values[0])
             for row in rows:
                 self._row(chunk, row, keys, values)
         return out, self.stats
 
-    def _gang(self, chunk: Chunk, gang: Gang, keys: Tensor, values: Tensor, size: int) -> None:
-        """What `_row` does, for several rows of one slab without masked pairs."""
-        key, value = (gathered(x, gang, self.score.layout.block_k) for x in (keys, values))
-        queries = taken(self.q, chunk, gang, size, self.shape.dtype)
-        s = self.scores.shaped(queries.shape[0], size, key.shape[1])
-        torch.baddbmm(s, queries, key.transpose(1, 2), beta=0, alpha=self.score.factor, out=s)
-        top = s.amax(-1, keepdim=True)
-        weights = s.sub_(top).exp2_()
-        total = weights.sum(-1, keepdim=True)
-        put(self.out, chunk, gang, torch.bmm(weights, value).div_(total))
-        if self.stats is not None:
-            put(self.stats, chunk, gang, torch.cat([top, total], -1))
+    def _gangs(self, chunk: Chunk, together: Sequence[Gang], keys: Tensor, values: Tensor) -> None:
+        """What `_row` does, for several rows at a time of one slab without masked pairs. keys, values [Tk, D]."""
+        size, size_k = self.score.layout.block_q, self.score.layout.block_k
+        for gang in together:
+            queries = taken(self.q, chunk, gang, size, self.shape.dtype)
+            s = self.scores.shaped(queries.shape[0], size, gang.each * size_k)
+            key = gathered(keys, gang, size_k, self.gathered)
+            torch.baddbmm(s, queries, key.transpose(1, 2), beta=0, alpha=self.score.factor, out=s)
+            top = s.amax(-1, keepdim=True)
+            weights = s.sub_(top).exp2_()
+            total = weights.sum(-1, keepdim=True)
+            value = gathered(values, gang, size_k, self.gathered)
+            put(self.out, chunk, gang, torch.bmm(weights, value).div_(total))
+            if self.stats is not None:
+                put(self.stats, chunk, gang, torch.cat([top, total], -1))
 
     def _row(self, chunk: Chunk, row: Row, keys: Tensor, values: Tensor) -> None:
         dtype = self.shape.dtype

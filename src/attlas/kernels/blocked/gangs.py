@@ -7,7 +7,7 @@ are gathered side by side and multiplied at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,36 +16,40 @@ from torch import Tensor
 from attlas.masks.block_map import BlockMap
 
 if TYPE_CHECKING:
+    from attlas.kernels.blocked.block_scores import Buffer
     from attlas.kernels.blocked.chunks import Chunk
 
 
 class Gang(NamedTuple):
-    """rows int64 [G]: blocks of queries; cols int64 [G * each]: blocks of keys, `each` for every one of them, and `places` the
-    same as numbers."""
+    """rows int64 [G]: blocks of queries; run: the first and one past the last of them where they follow each other; cols int64
+    [G * each]: blocks of keys, `each` for every one of them."""
 
     rows: Tensor
+    run: tuple[int, int] | None
     cols: Tensor
     each: int
-    places: tuple[int, ...]
 
 
-def gangs(
-    block_map: BlockMap, rows: Sequence[tuple[list[int], list[int]]], most: tuple[int, int], device: torch.device
-) -> Iterator[Gang]:
-    """Gangs of two rows or more out of `rows`, the (blocks of keys, tiles) of each block of queries. Whole blocks only; `most`:
-    keys of a row, and scores of a gang."""
+Rows = dict[int, tuple[list[int], list[int]]]  # block of queries -> (its blocks of keys, their tiles)
+
+
+def gangs(block_map: BlockMap, rows: Rows, most: tuple[int, int], device: torch.device) -> Iterator[Gang]:
+    """Gangs of two rows or more out of `rows`. Whole blocks only; `most`: keys of a row, and scores of a gang."""
     alike: dict[int, list[int]] = {}
     whole_q, whole_k = block_map.q_len // block_map.block_q, block_map.k_len // block_map.block_k
-    for i, (cols, tiles) in enumerate(rows):
+    for i, (cols, tiles) in rows.items():
         if cols and i < whole_q and cols[-1] < whole_k and len(cols) * block_map.block_k <= most[0] and max(tiles) < 0:
             alike.setdefault(len(cols), []).append(i)
     for each, members in alike.items():
-        step = max(2, most[1] // (block_map.block_q * each * block_map.block_k))
+        fit = max(2, most[1] // (block_map.block_q * each * block_map.block_k))
+        step = -(-len(members) // -(-len(members) // fit))
+        step += step % 2  # gangs of about one size, and an even one, as threads divide them by rows
         for at in range(0, len(members), step):
             part = members[at : at + step]
             if len(part) > 1:
                 cols = [c for i in part for c in rows[i][0]]
-                yield Gang(torch.tensor(part, device=device), torch.tensor(cols, device=device), each, tuple(cols))
+                run = (part[0], part[-1] + 1) if part[-1] - part[0] == len(part) - 1 else None
+                yield Gang(torch.tensor(part, device=device), run, torch.tensor(cols, device=device), each)
 
 
 def blocks_of(x: Tensor, size: int) -> Tensor:
@@ -54,33 +58,29 @@ def blocks_of(x: Tensor, size: int) -> Tensor:
     return x[: whole * size].unflatten(0, (whole, size))
 
 
-def of_head(x: Tensor, chunk: Chunk) -> Tensor:
-    """Query-side [B, Tq, H, D] -> [Tq, D] of the one query head of a chunk."""
-    return x[chunk.b0, :, chunk.a0]
-
-
-def gathered(x: Tensor, gang: Gang, size: int) -> Tensor:
-    """Keys or values [1, Tk, D] -> [G, each * size, D]."""
-    return blocks_of(x[0], size).index_select(0, gang.cols).view(len(gang.rows), gang.each * size, x.shape[-1])
+def gathered(x: Tensor, gang: Gang, size: int, buffer: Buffer) -> Tensor:
+    """Keys or values [Tk, D] -> [G, each * size, D] in the memory of `buffer`."""
+    out = buffer.shaped(len(gang.cols), size, x.shape[-1])
+    torch.index_select(blocks_of(x, size), 0, gang.cols, out=out)
+    return out.view(len(gang.rows), gang.each * size, x.shape[-1])
 
 
 def taken(x: Tensor, chunk: Chunk, gang: Gang, size: int, dtype: torch.dtype) -> Tensor:
-    """Query-side [B, Tq, H, D] -> a fresh [G, size, D]."""
-    return blocks_of(of_head(x, chunk), size).index_select(0, gang.rows).to(dtype)
+    """Query-side [B, Tq, H, D] -> [G, size, D], to be read only: a view where the rows follow each other."""
+    blocks = blocks_of(_of_head(x, chunk), size)
+    part = blocks.index_select(0, gang.rows) if gang.run is None else blocks[slice(*gang.run)]
+    return part.to(dtype)
 
 
 def put(x: Tensor, chunk: Chunk, gang: Gang, value: Tensor) -> None:
     """Write value [G, size, D] to the rows of x [B, Tq, H, D]."""
-    blocks_of(of_head(x, chunk), value.shape[1]).index_copy_(0, gang.rows, value.to(x.dtype))
+    blocks = blocks_of(_of_head(x, chunk), value.shape[1])
+    if gang.run is None:
+        blocks.index_copy_(0, gang.rows, value.to(x.dtype))
+    else:
+        blocks[slice(*gang.run)].copy_(value)
 
 
-def add_to_keys(total: Tensor, chunk: Chunk, gang: Gang, value: Tensor) -> None:
-    """total [B, Tk, Hkv, D] += value [G, each * size, D], block by block."""
-    size = value.shape[1] // gang.each
-    sums, parts = blocks_of(total[chunk.b0, :, chunk.h0], size), value.reshape(-1, size, value.shape[-1])
-    if total.device.type != "cpu":
-        sums.index_add_(0, gang.cols, parts)
-        return
-    each = sums.unbind(0)  # on a CPU index_add_ goes element by element: one addition a block is several times faster
-    for at, part in zip(gang.places, parts.unbind(0), strict=True):
-        each[at].add_(part)
+def _of_head(x: Tensor, chunk: Chunk) -> Tensor:
+    """Query-side [B, Tq, H, D] -> [Tq, D] of the one query head of a chunk."""
+    return x[chunk.b0, :, chunk.a0]

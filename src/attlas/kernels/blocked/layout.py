@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from attlas.masks.lru import BoundedCache
 
 SLAB_KEYS = 640  # keys of a slab: enough to hide the cost of a launch, few enough that the scores of a head fit the L2 cache
 SCORES = 5 << 17  # scores that are held at a time, all heads of a chunk together: 2.5 MiB in fp32, so that they stay in cache
+GANG_SCORES = 2 * SCORES  # of a gang: fewer, larger products lose less where another program holds up one of the threads
 SHORT_RUN = 256  # runs of keys shorter than this are gathered into one slab, longer ones are read in place
 # Sizes of blocks: rows of a product (query block times heads of a group), keys of a block of the compiled mask, and the measured
 # rate of the products relative to the first. Large blocks run faster and waste more pairs at the edges of a mask.
@@ -61,16 +61,21 @@ class Layout(ABC):
     mean_keys: float  # keys that a query works through, on average
 
     @abstractmethod
-    def rows(self, b: int, h: int, *, isolate: bool = False) -> Iterable[Row]:
-        """Rows in order; every query is in exactly one. isolate: tiles get slabs of their own."""
+    def rows(self, b: int, h: int | None, *, isolate: bool = False) -> Iterable[Row]:
+        """Rows in order: those that all heads have in common (h None), or those that head h has beside them. Every query is in
+        exactly one. isolate: tiles get slabs of their own."""
 
     @abstractmethod
     def seen(self, tile: int) -> Tensor:
         """bool [at least the row's queries, at least the tile's width]: True = may attend."""
 
-    def shared_out(self, b: int, h: int) -> tuple[Sequence[Gang], Iterable[Row]]:
-        """Rows that are worked on together, and the others."""
+    def shared_out(self, b: int, h: int | None) -> tuple[Sequence[Gang], Iterable[Row]]:
+        """`rows`: those that are worked on together, and the others."""
         return (), self.rows(b, h)
+
+    def has_common(self, b: int) -> bool:
+        """Whether there are rows that all heads have in common."""
+        return self.heads == 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -140,39 +145,59 @@ class MapLayout(Layout):
         self._tiles: list[int] = block_map.tile_ids.tolist()
         self.mean_keys = len(self._cols) * block_map.block_k / max(1, len(self._ptr) - 1)
         self._kept: tuple[Row, ...] | None = None
-        self._shared: dict[tuple[int, int], tuple[tuple[Gang, ...], tuple[Row, ...]]] = {}
+        self._shared: dict[tuple[int, int | None], tuple[tuple[Gang, ...], tuple[Row, ...]]] = {}
+        self._common: dict[int, frozenset[int]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes held, the lists by an estimate."""
         return self.map.nbytes + 200 * len(self._cols) + sum(t.numel() * t.element_size() for t in self._bias.values())
 
-    def rows(self, b: int, h: int, *, isolate: bool = False) -> Iterable[Row]:
+    def rows(self, b: int, h: int | None, *, isolate: bool = False) -> Iterable[Row]:
         if isolate or self.batch * self.heads > 1:
             return self._make_rows(b, h, isolate)
         if self._kept is None:
             self._kept = tuple(self._make_rows(b, h, isolate))
         return self._kept
 
-    def shared_out(self, b: int, h: int) -> tuple[Sequence[Gang], Iterable[Row]]:
-        if self.heads == 1:  # the heads are worked on together
+    def shared_out(self, b: int, h: int | None) -> tuple[Sequence[Gang], Iterable[Row]]:
+        if self.heads == 1:
             return (), self.rows(b, h)
         if (b, h) not in self._shared:
-            first = (b * self.heads + h) * self._blocks
-            ends = self._ptr[first : first + self._blocks + 1]
-            rows = [(self._cols[a:e], self._tiles[a:e]) for a, e in pairwise(ends)]
-            found = tuple(gangs(self.map, rows, (SLAB_KEYS, SCORES), self.device))
+            found: tuple[Gang, ...] = ()
+            if h is not None:
+                rows = {i: self._row(b, h, i) for i in self._numbers(b, h)}
+                found = tuple(gangs(self.map, rows, (SLAB_KEYS, GANG_SCORES), self.device))
             done = {i * self.block_q for gang in found for i in gang.rows.tolist()}
             self._shared[b, h] = found, tuple(row for row in self._make_rows(b, h, False) if row.q0 not in done)
         return self._shared[b, h]
 
-    def _make_rows(self, b: int, h: int, isolate: bool) -> Iterator[Row]:
-        bq, q_len = self.block_q, self.map.q_len
-        first = (b * self.heads + h) * self._blocks
+    def has_common(self, b: int) -> bool:
+        return self.heads == 1 or bool(self._in_common(b))
+
+    def _in_common(self, b: int) -> frozenset[int]:
+        """Numbers of the rows that are the same in all heads, which are worked on together."""
+        if b not in self._common:
+            heads = range(1, self.heads)
+            same = (i for i in range(self._blocks) if all(self._row(b, 0, i) == self._row(b, h, i) for h in heads))
+            self._common[b] = frozenset(same)
+        return self._common[b]
+
+    def _row(self, b: int, h: int, i: int) -> tuple[list[int], list[int]]:
+        """Blocks of keys and tiles of a block of queries."""
+        at = (b * self.heads + h) * self._blocks + i
+        span = slice(self._ptr[at], self._ptr[at + 1])
+        return self._cols[span], self._tiles[span]
+
+    def _numbers(self, b: int, h: int | None) -> Iterator[int]:
         for i in range(self._blocks):
-            span = slice(self._ptr[first + i], self._ptr[first + i + 1])
-            slabs = tuple(self._slabs(self._cols[span], self._tiles[span], isolate))
-            yield Row(i * bq, min(q_len, (i + 1) * bq), slabs)
+            if self.heads == 1 or (i in self._in_common(b)) == (h is None):
+                yield i
+
+    def _make_rows(self, b: int, h: int | None, isolate: bool) -> Iterator[Row]:
+        for i in self._numbers(b, h):
+            slabs = tuple(self._slabs(*self._row(b, h or 0, i), isolate))
+            yield Row(i * self.block_q, min(self.map.q_len, (i + 1) * self.block_q), slabs)
 
     def _slabs(self, cols: list[int], ids: list[int], isolate: bool) -> Iterator[Slab]:
         bk, k_len = self.map.block_k, self.map.k_len
@@ -208,14 +233,14 @@ class RectangleLayout(Layout):
         self.mean_keys = sum((r.q1 - r.q0) * (r.k1 - r.k0) for r in rectangles) / max(1, queries)
         self._seen: list[Tensor] = []
         self._dense: dict[int, Tensor] = {}
-        self._rows: dict[tuple[int, int], tuple[Row, ...]] = {}
+        self._rows: dict[tuple[int, int | None], tuple[Row, ...]] = {}
 
-    def rows(self, b: int, h: int, *, isolate: bool = False) -> tuple[Row, ...]:
+    def rows(self, b: int, h: int | None, *, isolate: bool = False) -> tuple[Row, ...]:
         if (b, h) not in self._rows:
             self._rows[b, h] = tuple(self._make_rows(b, h))
         return self._rows[b, h]
 
-    def _make_rows(self, b: int, h: int) -> Iterator[Row]:
+    def _make_rows(self, b: int, h: int | None) -> Iterator[Row]:
         for i, r in enumerate(self.rectangles):
             if r.mask is None:
                 slabs = tuple(_split([(r.k0, r.k1)] if r.k1 > r.k0 else [], {}))
@@ -224,14 +249,14 @@ class RectangleLayout(Layout):
             else:
                 yield Row(r.q0, r.q1, tuple(self._masked(i, r, b, h)))
 
-    def _masked(self, i: int, r: Rectangle, b: int, h: int) -> Iterator[Slab]:
+    def _masked(self, i: int, r: Rectangle, b: int, h: int | None) -> Iterator[Slab]:
         if i not in self._dense:
             assert r.mask is not None
             dense = r.mask.dense(r.grid, device=self.device)
             self._dense[i] = dense.reshape(-1, *dense.shape[-2:]) if dense.ndim > 2 else dense[None]
         heads = (r.mask.heads or 1) if r.mask is not None else 1
         batch = (r.mask.batch or 1) if r.mask is not None else 1
-        seen = self._dense[i][(b if batch > 1 else 0) * heads + (h if heads > 1 else 0)]
+        seen = self._dense[i][(b if batch > 1 else 0) * heads + (h or 0 if heads > 1 else 0)]
         for slab in _split([(r.k0, r.k1)] if r.k1 > r.k0 else [], {}):
             ((a, e),) = slab.runs
             part = seen[:, a - r.k0 : e - r.k0]

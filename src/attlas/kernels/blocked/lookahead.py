@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from attlas.numerics import first_order
 
 BLOCK = 64  # the work inside a block grows with it as that outside does with the head size
 
@@ -148,9 +149,9 @@ class _Lookahead(torch.autograd.Function):
         return out, U
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
-        q_u, k_u, v_u, q, k, v, U, out, lse = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Any, *given: Any) -> tuple[Tensor | None, ...]:
+        q_u, k_u, v_u, q, k, v, U, out, lse = saved
         grads, dU = Sweep((q_u, k_u, v_u), (q, k, v), ctx.window).backward(U, lse, out, given[0])
         return *grads, dU, None
 

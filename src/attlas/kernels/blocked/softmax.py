@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attlas.kernels.blocked.backward import Backward
 from attlas.kernels.blocked.chunks import Shape
@@ -15,6 +14,7 @@ from attlas.kernels.blocked.forward import Forward, log_sum_exp
 from attlas.kernels.blocked.layout import Layout, make_layout
 from attlas.masks.expr import Mask
 from attlas.masks.geometry import Grid
+from attlas.numerics import first_order
 from attlas.scores import ScoreMod
 
 
@@ -79,10 +79,10 @@ class _Attention(torch.autograd.Function):
         return out, log_sum_exp(stats)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+    @first_order
+    def backward(ctx: Any, saved: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         call: _Call = ctx.call
-        q, k, v, out, stats, sink, *tensors = ctx.saved_tensors
+        q, k, v, out, stats, sink, *tensors = saved
         mod = call.mod if call.mod is None else call.mod.replace_tensors(tensors)
         work = Backward(q, k, v, out, stats, shape=call.shape, scale=call.scale)
         for careful in (False, True):

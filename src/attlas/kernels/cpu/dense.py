@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attlas.errors import UnsupportedError
-from attlas.kernels.cpu.launch import DTYPES
+from attlas.kernels.cpu.launch import CODES, DTYPES
 from attlas.kernels.cpu.library import ISA, DecodeArgs, load, status
 
 
@@ -54,6 +54,8 @@ class RotateArgs(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("dtype", "rows", "heads", "kv_heads", "dim", "turned", "interleaved", "threads", "isa")),
         *((name, c_void_p) for name in ("x", "cos", "sin", "k", "v", "slots")),
+        ("kv_dtype", c_int64),
+        *((name, c_void_p) for name in ("k_scale", "v_scale")),
     ]
 
 
@@ -178,16 +180,21 @@ def rotate_and_store_(
     interleaved: bool,
     storage: tuple[Tensor, Tensor],
     slots: Tensor,
+    scales: tuple[Tensor, ...] = (),
 ) -> None:
     """x [T, (H + 2 Hkv) D] holds q, k, v of each token: turn q in place, write the turned k and v to `slots` int64 [T] of
-    storage [..., Hkv, D] (pages, flattened). angles = (cos, sin) fp32 [T, turned / 2], None = no rotation."""
+    storage [..., Hkv, D] (pages, flattened), as 8-bit numbers and `scales` [..., Hkv] where those are given (k is then turned in
+    place, too). angles = (cos, sin) fp32 [T, turned / 2], None = no rotation."""
     k, v = storage
     kv_heads, dim = k.shape[-2:]
-    assert x.is_contiguous() and k.is_contiguous() and v.is_contiguous() and k.dtype == v.dtype == x.dtype
+    assert x.is_contiguous() and k.is_contiguous() and v.is_contiguous() and k.dtype == v.dtype
+    assert k.dtype in CODES and len(scales) == 2 if scales else k.dtype == x.dtype
     assert x.shape[1] == (heads + 2 * kv_heads) * dim and v.shape == k.shape
     turned = 0 if angles is None else 2 * angles[0].shape[-1]
     a = RotateArgs(DTYPES[x.dtype], x.shape[0], heads, kv_heads, dim, turned, int(interleaved), torch.get_num_threads(), 0)
     a.x, a.k, a.v, a.slots = x.data_ptr(), k.data_ptr(), v.data_ptr(), slots.data_ptr()
+    if scales:
+        a.kv_dtype, a.k_scale, a.v_scale = CODES[k.dtype], *(t.data_ptr() for t in scales)
     if angles is not None:
         a.cos, a.sin = angles[0].data_ptr(), angles[1].data_ptr()
     _call("rotate", a)

@@ -14,6 +14,7 @@ from attlas.kernels.cpu.library import ISA, MAX_MODS, AttentionArgs, DecodeArgs,
 from attlas.kernels.cpu.pages import large_pages
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {torch.int8: 3, torch.float8_e4m3fn: 4}  # keys and values that need scales
 ALIBI, BIAS, SOFTCAP = 1, 2, 3
 SPLIT = 512  # keys of one split of a decode: fixed, so that a row's result does not depend on its batch or on the threads
 _TARGET_TASKS = 12
@@ -170,6 +171,15 @@ class Visible:
     sinks: int = 0
 
 
+def set_scales(a: DecodeArgs, k: Tensor, scales: tuple[Tensor, ...]) -> None:
+    """Tell the call how keys and values are stored; the tensors must live until it has run."""
+    a.kv_dtype = CODES.get(k.dtype, 0)
+    assert bool(a.kv_dtype) == bool(scales)
+    if scales:
+        a.k_scale, a.v_scale = (t.data_ptr() for t in scales)
+        a.sks, a.svs = map(_stride, scales)
+
+
 def decode(
     q: Tensor,
     k: Tensor,
@@ -182,6 +192,7 @@ def decode(
     softcap: float = 0.0,
     alibi: Tensor | None = None,
     sink: Tensor | None = None,
+    scales: tuple[Tensor, ...] = (),
     isa: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The newest q.shape[1] tokens of each sequence over its cache, split along the keys.
@@ -192,6 +203,8 @@ def decode(
     k, v         [B, capacity, Hkv, D | Dv], or pages [P, page_size, Hkv, D | Dv] with block_table int32 [B, max_blocks]
     lengths      tokens in each cache, the new ones included; only the pages that hold them are looked at
     softcap, alibi (fp32 [H]), sink (fp32 [H])   0 / None = without; softcap comes before ALiBi
+    scales       where k and v are int8 or float8_e4m3fn: (of k, of v), fp32 and shaped like those without the last dimension;
+                 what counts is number times scale
     A row's result does not depend on the other sequences or on the threads. Bytes read: the visible keys and values, once.
     """
     q, k, v = flat(q), flat(k), flat(v)
@@ -200,6 +213,7 @@ def decode(
     a.dtype, a.threads, a.isa, a.scale, a.softcap = DTYPES[q.dtype], torch.get_num_threads(), ISA[isa], scale, softcap
     a.batch, a.q_len, a.heads, a.dim = q.shape
     a.kv_heads, a.dim_v, a.split = k.shape[2], v.shape[3], SPLIT
+    set_scales(a, k, scales)
     table = None if block_table is None else block_table.to(torch.int32).contiguous()
     if table is not None:
         a.block_table, a.max_blocks, a.page_size = table.data_ptr(), table.shape[1], k.shape[1]

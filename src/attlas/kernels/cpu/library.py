@@ -9,7 +9,7 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_voi
 from functools import lru_cache
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 MAX_BLOCK, MAX_DIM, MAX_MODS = 256, 1024, 4
 ISA = {"auto": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
@@ -65,6 +65,11 @@ class DecodeArgs(Structure):
         ("sink", c_void_p),
         ("split", c_int64),
         ("partial", c_void_p),
+        ("kv_dtype", c_int64),
+        ("k_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("sks", Stride),
+        ("svs", Stride),
     ]
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attlas.errors import UnsupportedError
 from attlas.kernels.cpu.library import MAX_DIM, Stride, load, status
 from attlas.kernels.cpu.pages import large_pages
+from attlas.numerics import first_order
 
 RUN = 64  # tokens between two checkpoints of the state
 
@@ -117,13 +117,13 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, scale: float, q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, g: Tensor | None) -> Any:
         out, state, checkpoints = _forward(scale, q, k, v, initial_state, g, keep=True)
         ctx.scale = scale
-        ctx.save_for_backward(q, k, v, g, checkpoints)
+        ctx.save_for_backward(q, k, v, g, checkpoints, initial_state)
         return out, state
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dstate: Tensor) -> Any:
-        q, k, v, g, checkpoints = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Any, dout: Tensor, dstate: Tensor) -> Any:
+        q, k, v, g, checkpoints, _ = saved
         a, held = _args(ctx.scale, q, k, v, g)
         (dout, a.sdo), dstate = _rows(dout), dstate.contiguous()
         dq, dk, dv = (large_pages(x.new_empty(x.shape)) for x in (q, k, v))

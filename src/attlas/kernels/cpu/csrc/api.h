@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-enum { ATTLAS_F32 = 0, ATTLAS_BF16 = 1, ATTLAS_F16 = 2 };
+enum { ATTLAS_F32 = 0, ATTLAS_BF16 = 1, ATTLAS_F16 = 2, ATTLAS_I8 = 3, ATTLAS_E4M3 = 4 };
 enum { ATTLAS_MOD_ALIBI = 1, ATTLAS_MOD_BIAS = 2, ATTLAS_MOD_SOFTCAP = 3 };
 enum { ATTLAS_MAX_BLOCK = 256, ATTLAS_MAX_DIM = 1024, ATTLAS_MAX_MODS = 4 };
 
@@ -68,6 +68,9 @@ typedef struct {
   const float *alibi, *sink;        // [H] or NULL
   int64_t split;                    // keys of one split, a multiple of 128
   float* partial;                   // workspace: attlas_cpu_decode_workspace floats
+  int64_t kv_dtype;                 // ATTLAS_I8 or ATTLAS_E4M3: k and v are 8-bit numbers, to be multiplied by the scales; else as dtype
+  const float *k_scale, *v_scale;   // one for each token and head; strides as of k and v, without the last dimension
+  AttlasStride sks, svs;
 } AttlasDecode;
 
 int attlas_cpu_abi(void);

@@ -2,14 +2,14 @@
 // A task = one split of one sequence and a run of kv heads. All query heads of a kv head are rows of one product, so each key is read once;
 // kv heads run in the inner loop because the heads of a token are neighbours in memory.
 #pragma once
-#include "forward.h"
+#include "quantised.h"
 
 namespace {
 
 constexpr int kChunk = 128;  // keys packed at a time
 
 struct DecodeScratch {
-  float *k, *v, *s, *alpha, *q, *o, *m, *l, *slopes;
+  float *k, *v, *s, *alpha, *q, *o, *m, *l, *slopes, *scales, *wide_k, *wide_v;  // wide_k, wide_v, scales: of 8-bit caches
   int32_t *q_pos, *k_pos;
   uint8_t* bits;
   int64_t ldq, ldo, rows;  // rows: padded rows of one kv head
@@ -25,6 +25,11 @@ struct DecodeScratch {
     int64_t all = p->heads_per_task * f.rows;
     f.q = m.floats(all * f.ldq), f.o = m.floats(all * f.ldo), f.m = m.floats(all), f.l = m.floats(all * VL), f.slopes = m.floats(all);
     f.q_pos = (int32_t*)m.floats(f.rows), f.k_pos = (int32_t*)m.floats(kChunk), f.bits = (uint8_t*)m.floats(MR * kChunk / 32);
+    f.scales = f.wide_k = f.wide_v = nullptr;
+    if (a->kv_dtype) {
+      f.scales = m.floats(2 * p->heads_per_task * kChunk);
+      f.wide_k = m.floats(kChunk * round_up(a->dim, VL)), f.wide_v = m.floats(kChunk * round_up(a->dim_v, VL));
+    }
     f.bytes = m.used;
     return f;
   }
@@ -36,6 +41,16 @@ template <class T> INL void gather_cache(const T** rows, const AttlasDecode* a, 
     int64_t page = (k0 + i) / a->page_size, slot = (k0 + i) % a->page_size;
     const T* p = (const T*)base + a->block_table[b * a->max_blocks + page] * s.batch + slot * s.row + h * s.head;
     for (; slot < a->page_size && i < n; slot++, i++, p += s.row) rows[i] = p;
+  }
+}
+
+// dst[h * N + i] = scale of key k0 + i in head h0 + h, 0 for i >= n
+template <class C, int N> void gather_scales(float* dst, const AttlasDecode* a, const float* base, const AttlasStride& s, int64_t b, int64_t k0, int n, int64_t h0, int nh) {
+  const float* rows[N];
+  gather_cache<float>(rows, a, base, s, b, k0, n, h0);
+  for (int h = 0; h < nh; h++) {
+    for (int i = 0; i < n; i++) dst[h * N + i] = rows[i][h * s.head] * Coded<C>::unit;
+    for (int i = n; i < N; i++) dst[h * N + i] = 0.0f;
   }
 }
 
@@ -58,7 +73,7 @@ struct Visible {  // keys that a query may see: [0, sinks) and [low(t), high(t))
   }
 };
 
-template <class M, class T> void load_decode_rows(const DecodePlan* p, const DecodeScratch& f, int64_t b, int64_t h0, int nh, int64_t first_query) {
+template <class M, class C> void load_decode_rows(const DecodePlan* p, const DecodeScratch& f, int64_t b, int64_t h0, int nh, int64_t first_query) {
   const AttlasDecode* a = p->a;
   int64_t group = a->heads / a->kv_heads;
   for (int h = 0; h < nh; h++)
@@ -70,8 +85,7 @@ template <class M, class T> void load_decode_rows(const DecodePlan* p, const Dec
         continue;
       }
       int64_t head = (h0 + h) * group + r / a->q_len;
-      const T* row = row_at<T>(a->q, a->sq, b, r % a->q_len, head);
-      pack_rows<M, T>(&row, 1, (int)a->dim, f.q + i * f.ldq, f.ldq);
+      pack_query<M, C>(a, b, r % a->q_len, head, f.q + i * f.ldq, f.ldq);
       f.slopes[i] = a->alibi ? a->alibi[head] : 0.0f, f.q_pos[r] = (int32_t)(first_query + r % a->q_len);
     }
   memset(f.o, 0, nh * f.rows * f.ldo * 4);
@@ -114,14 +128,35 @@ INL Visible visible_of(const AttlasDecode* a, int64_t b) {
 // Partial result of one row of one split: dim_v_padded accumulated values, the maximum (log2 units), the sum
 INL float* partial_at(const DecodePlan* p, int64_t row, int64_t split) { return p->a->partial + (row * p->max_splits + split) * (p->dim_v_padded + 16); }
 
+template <class M> struct Element { typedef float T; };  // what 8-bit numbers become before they are packed
+#ifdef __AVX512BF16__
+template <> struct Element<Bf16> { typedef bf16 T; };
+#endif
+
+// Keys and values of head h, packed; returns true if a value was inf or NaN
+template <class M, class C>
+INL bool pack_head(const DecodeScratch& f, const AttlasDecode* a, const C* const* krows, const C* const* vrows, int n, int64_t h, int64_t nh) {
+  if constexpr (Coded<C>::yes) {
+    typedef typename Element<M>::T E;
+    const E* rows[kChunk];
+    widen_rows(krows, f.scales + h * kChunk, n, (int)a->dim, (E*)f.wide_k, rows);
+    pack_transposed<M, E>(rows, n, (int)a->dim, f.k);
+    widen_rows(vrows, f.scales + (nh + h) * kChunk, n, (int)a->dim_v, (E*)f.wide_v, rows);
+    return pack_natural<M, E>(rows, n, (int)a->dim_v, kChunk, f.v);
+  } else {
+    pack_transposed<M, C>(krows, n, (int)a->dim, f.k);
+    return pack_natural<M, C>(vrows, n, (int)a->dim_v, kChunk, f.v);
+  }
+}
+
 // Many rows (chunks of new tokens): keys and values are packed, as in prefill.
-template <class M, class T> void decode_packed_rows(const DecodePlan* p, int64_t b, int64_t split, int64_t h0, int nh, char* scratch) {
+template <class M, class C> void decode_packed_rows(const DecodePlan* p, int64_t b, int64_t split, int64_t h0, int nh, char* scratch) {
   const AttlasDecode* a = p->a;
   int64_t group = a->heads / a->kv_heads;
   Visible see = visible_of(a, b);
   int64_t begin = split * a->split, stop = begin + a->split < see.length ? begin + a->split : see.length;
   DecodeScratch f = DecodeScratch::plan<M>(p, scratch);
-  load_decode_rows<M, T>(p, f, b, h0, nh, see.first_query);
+  load_decode_rows<M, C>(p, f, b, h0, nh, see.first_query);
   ScoreMods md;
   md.scale = (float)a->scale, md.softcap = (float)a->softcap, md.count = 0, md.bias = nullptr, md.q_pos = f.q_pos, md.k_pos = f.k_pos, md.slope = 0;
   if (a->softcap > 0) md.ops[md.count++] = ATTLAS_MOD_SOFTCAP;
@@ -130,22 +165,25 @@ template <class M, class T> void decode_packed_rows(const DecodePlan* p, int64_t
   KeyBlock kb;
   kb.k = f.k, kb.v = f.v, kb.dim_words = words<M>((int)a->dim), kb.dim_v_vecs = (int)f.ldo / VL;
   kb.k_panel = (int64_t)kb.dim_words * PANEL, kb.capacity = kChunk, kb.v_panel = kChunk / M::PER * PANEL, kb.k0 = 0;
-  const T *krows[kChunk], *vrows[kChunk];
+  const C *krows[kChunk], *vrows[kChunk];
   for (int64_t k0 = begin; k0 < stop; k0 += kChunk) {
     kb.n = (int)(stop - k0 < kChunk ? stop - k0 : kChunk);
     if (k0 >= see.sinks && k0 + kb.n <= see.low(0)) continue;
     if (k0 >= see.high(a->q_len - 1)) break;
     for (int i = 0; i < kb.n; i++) f.k_pos[i] = (int32_t)(k0 + i);
-    gather_cache<T>(krows, a, a->k, a->sk, b, k0, kb.n, h0);
-    gather_cache<T>(vrows, a, a->v, a->sv, b, k0, kb.n, h0);
+    gather_cache<C>(krows, a, a->k, a->sk, b, k0, kb.n, h0);
+    gather_cache<C>(vrows, a, a->v, a->sv, b, k0, kb.n, h0);
+    if constexpr (Coded<C>::yes) {
+      gather_scales<C, kChunk>(f.scales, a, a->k_scale, a->sks, b, k0, kb.n, h0, nh);
+      gather_scales<C, kChunk>(f.scales + nh * kChunk, a, a->v_scale, a->svs, b, k0, kb.n, h0, nh);
+    }
     for (int h = 0; h < nh; h++) {
       if (h + 1 < nh)
         for (int i = 0; i < kb.n; i++) {
-          prefetch_row(krows[i] + a->sk.head, a->dim * (int64_t)sizeof(T));
-          prefetch_row(vrows[i] + a->sv.head, a->dim_v * (int64_t)sizeof(T));
+          prefetch_row(krows[i] + a->sk.head, a->dim * (int64_t)sizeof(C));
+          prefetch_row(vrows[i] + a->sv.head, a->dim_v * (int64_t)sizeof(C));
         }
-      pack_transposed<M, T>(krows, kb.n, (int)a->dim, f.k);
-      kb.v_bad = pack_natural<M, T>(vrows, kb.n, (int)a->dim_v, kChunk, f.v);
+      kb.v_bad = pack_head<M, C>(f, a, krows, vrows, kb.n, h, nh);
       decode_rows<M>(p, f, kb, see, k0, h, c, md);
       for (int i = 0; i < kb.n; i++) krows[i] += a->sk.head, vrows[i] += a->sv.head;
     }

@@ -47,8 +47,15 @@ template <class M, int R> INL V max_of_row(V x) {
   return x;
 }
 
-// One vector of scores: R rows with VL / R keys
-template <class M, class T, int R> INL void direct_scores(const float* q, int64_t ldq, const T* const* keys, int64_t shift, int dim, float* S) {
+// x[lane_key(i)] in lane i
+template <class M, int R> INL V spread(const float* x) {
+  int32_t key[VL];
+  for (int i = 0; i < VL; i++) key[i] = lane_key<M, R>(i);
+  return pick(load(x), lanes_at(key));
+}
+
+// One vector of scores: R rows with VL / R keys, times the scales of the keys where they have any
+template <class M, class C, int R> INL void direct_scores(const float* q, int64_t ldq, const C* const* keys, int64_t shift, int dim, const float* scales, float* S) {
   constexpr int KG = VL / R;
   int w = words<M>(dim), whole = dim / M::PER / VL * VL;
   V acc[VL];
@@ -58,9 +65,9 @@ template <class M, class T, int R> INL void direct_scores(const float* q, int64_
     V k[KG];
     if (d < whole) {
 #pragma GCC unroll 16
-      for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[j] + shift, d, d * M::PER + VL * M::PER);
+      for (int j = 0; j < KG; j++) k[j] = Words<M, C>::get(keys[j] + shift, d, d * M::PER + VL * M::PER);
     } else {
-      for (int j = 0; j < KG; j++) k[j] = Words<M, T>::get(keys[j] + shift, d, dim);
+      for (int j = 0; j < KG; j++) k[j] = Words<M, C>::get(keys[j] + shift, d, dim);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
@@ -72,26 +79,28 @@ template <class M, class T, int R> INL void direct_scores(const float* q, int64_
       }
     }
   }
-  store(S, sums(acc));
+  V score = sums(acc);
+  if constexpr (Coded<C>::yes) score = mul(score, spread<M, R>(scales));
+  store(S, score);
 }
 
 // O = alpha * O + P V, columns as they come
-template <class T, int R, int NV, bool TAIL>
-INL void direct_values_tile(Fp32, const float* P, const T* const* values, int64_t shift, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
+template <class M, class C, int R, int NV, bool TAIL>
+INL void direct_values_tile(const float* P, const C* const* values, int64_t shift, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
   V o[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) o[r][j] = mul(load(O + r * ldo + d + j * VL), set1(alpha[r]));
-  for (int k = 0; k < n; k++) {
+    for (int j = 0; j < NV; j++) o[r][j] = mul(load(O + r * ldo + d + j * VL), set1(alpha[r * M::PER]));
+  for (int k = 0; k < n; k += M::PER) {
     V v[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) v[j] = TAIL ? load_as_f32(values[k] + shift + d, dim - d) : load_as_f32(values[k] + shift + d + j * VL);
+    for (int j = 0; j < NV; j++) v[j] = ValueWords<M, C>::get(values + k, shift + d + j * VL, TAIL ? dim - d : VL);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      V p = set1(P[k * R + r]);
+      V p = set1(P[k / M::PER * R + r]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) o[r][j] = fma(p, v[j], o[r][j]);
+      for (int j = 0; j < NV; j++) o[r][j] = M::mac(o[r][j], p, v[j]);
     }
   }
 #pragma GCC unroll 8
@@ -99,18 +108,20 @@ INL void direct_values_tile(Fp32, const float* P, const T* const* values, int64_
 #pragma GCC unroll 4
     for (int j = 0; j < NV; j++) store(O + r * ldo + d + j * VL, o[r][j]);
 }
-template <class T, int R> INL void direct_values(Fp32 m, const float* P, const T* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha) {
-  constexpr int NV = VL == 8 ? (R <= 2 ? 4 : R <= 4 ? 2 : 1) : (R <= 4 ? 4 : 2);
-  int d = 0;
-  for (; d + NV * VL <= dim; d += NV * VL) direct_values_tile<T, R, NV, false>(m, P, values, shift, n, d, dim, O, ldo, alpha);
-  for (; d < dim; d += VL) direct_values_tile<T, R, 1, true>(m, P, values, shift, n, d, dim, O, ldo, alpha);
-}
-INL int value_column(Fp32, int d) { return d; }
+template <class M, class C, int R> struct DirectValues {
+  INL static void run(const float* P, const C* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha) {
+    constexpr int NV = VL == 8 ? (R <= 2 ? 4 : R <= 4 ? 2 : 1) : (R <= 4 ? 4 : 2);
+    int d = 0;
+    for (; d + NV * VL <= dim; d += NV * VL) direct_values_tile<M, C, R, NV, false>(P, values, shift, n, d, dim, O, ldo, alpha);
+    for (; d < dim; d += VL) direct_values_tile<M, C, R, 1, true>(P, values, shift, n, d, dim, O, ldo, alpha);
+  }
+  INL static int column(int d) { return d; }
+};
 
 #ifdef __AVX512BF16__
 // Interleaving two rows of values leaves the columns of each 32 in the order 0-3, 8-11, 16-19, 24-27, 4-7, ...; undone when the split ends.
 template <int R, int NB, bool TAIL>
-INL void direct_values_tile(Bf16, const float* P, const bf16* const* values, int64_t shift, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
+INL void interleaved_values_tile(const float* P, const bf16* const* values, int64_t shift, int n, int d, int dim, float* O, int64_t ldo, const float* alpha) {
   V o[R][2 * NB];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -137,14 +148,16 @@ INL void direct_values_tile(Bf16, const float* P, const bf16* const* values, int
 #pragma GCC unroll 4
     for (int j = 0; j < 2 * NB; j++) store(O + r * ldo + d + j * VL, o[r][j]);
 }
-template <class T, int R> INL void direct_values(Bf16 m, const float* P, const bf16* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha) {
-  constexpr int NB = R <= 4 ? 2 : 1;
-  int d = 0;
-  for (; d + NB * 32 <= dim; d += NB * 32) direct_values_tile<R, NB, false>(m, P, values, shift, n, d, dim, O, ldo, alpha);
-  for (; d + 32 <= dim; d += 32) direct_values_tile<R, 1, false>(m, P, values, shift, n, d, dim, O, ldo, alpha);
-  if (d < dim) direct_values_tile<R, 1, true>(m, P, values, shift, n, d, dim, O, ldo, alpha);
-}
-INL int value_column(Bf16, int d) { return d / 32 * 32 + (d % 8 >= 4 ? 16 : 0) + d % 32 / 8 * 4 + d % 4; }
+template <int R> struct DirectValues<Bf16, bf16, R> {
+  INL static void run(const float* P, const bf16* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha) {
+    constexpr int NB = R <= 4 ? 2 : 1;
+    int d = 0;
+    for (; d + NB * 32 <= dim; d += NB * 32) interleaved_values_tile<R, NB, false>(P, values, shift, n, d, dim, O, ldo, alpha);
+    for (; d + 32 <= dim; d += 32) interleaved_values_tile<R, 1, false>(P, values, shift, n, d, dim, O, ldo, alpha);
+    if (d < dim) interleaved_values_tile<R, 1, true>(P, values, shift, n, d, dim, O, ldo, alpha);
+  }
+  INL static int column(int d) { return d / 32 * 32 + (d % 8 >= 4 ? 16 : 0) + d % 32 / 8 * 4 + d % 4; }
+};
 #endif
 
 struct DirectState {  // of one kv head
@@ -157,8 +170,9 @@ struct DirectMods {
   float scale, softcap, c;
 };
 
-// Scores -> probabilities of one head (S in place); alpha: rescale of what came before, lane layout
-template <class M, int R> INL void direct_softmax(const DirectState& st, float* S, const DirectMods& md, float* alpha) {
+// Scores -> probabilities of one head (S in place), times the scales of the values where they have any; alpha: rescale of what came before, lane
+// layout
+template <class M, class C, int R> INL void direct_softmax(const DirectState& st, float* S, const DirectMods& md, const float* scales, float* alpha) {
   constexpr int KG = VL / R, NS = kDirectKeys / KG;
   V top = set1(-INFINITY);
 #pragma GCC unroll 4
@@ -169,8 +183,9 @@ template <class M, int R> INL void direct_softmax(const DirectState& st, float* 
   V a = exp2v(fma(old, set1(md.c), shift)), sum = zero();
 #pragma GCC unroll 4
   for (int g = 0; g < NS; g++) {
-    V p = exp2v(fma(load(S + g * VL), set1(md.c), shift));
+    V s = load(S + g * VL), p = exp2v(fma(s, set1(md.c), shift));
     sum = add(sum, p);
+    if constexpr (Coded<C>::yes) p = keep(below(s, set1(-FLT_MAX)), zero(), mul(p, spread<M, R>(scales + g * KG)));  // masked: also where the scale is NaN
     store_words<M>(S, g, p);
   }
   store(alpha, a), store(st.m, now), store(st.l, fma(load(st.l), a, sum));
@@ -193,8 +208,8 @@ template <class T> bool any_not_finite(const T* const* rows, int64_t shift, int 
 }
 
 // Values with masked pairs left out instead of multiplied by 0
-template <class M, class T, int R, class Allow>
-void direct_values_carefully(const float* P, const T* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha, const Allow& allow) {
+template <class M, class C, int R, class Allow>
+void direct_values_carefully(const float* P, const C* const* values, int64_t shift, int n, int dim, float* O, int64_t ldo, const float* alpha, const Allow& allow) {
   for (int r = 0; r < R; r++) {
     for (int d = 0; d < ldo; d++) O[r * ldo + d] *= alpha[r * M::PER];
     for (int k = 0; k < n; k++) {
@@ -208,14 +223,14 @@ void direct_values_carefully(const float* P, const T* const* values, int64_t shi
       }
       for (int d = 0; d < dim; d++) {
         store(x, load_as_f32(values[k] + shift + d, 1));
-        O[r * ldo + value_column(M(), d)] += p * x[0];
+        O[r * ldo + DirectValues<M, C, R>::column(d)] += p * x[0];
       }
     }
   }
 }
 
 struct DirectScratch {
-  float *q, *o, *m, *l, *slope, *q_pos, *zeros, *s, *alpha;
+  float *q, *o, *m, *l, *slope, *q_pos, *zeros, *s, *alpha, *k_scale, *v_scale;
   int64_t ldq, ldo;
   size_t bytes;
   template <class M> static DirectScratch plan(const DecodePlan* p, char* base) {
@@ -227,22 +242,21 @@ struct DirectScratch {
     f.m = a.floats(nh * VL), f.l = a.floats(nh * VL), f.slope = a.floats(nh * VL), f.q_pos = a.floats(VL);
     f.zeros = a.floats(round_up(p->a->dim > p->a->dim_v ? p->a->dim : p->a->dim_v, 64));
     f.s = a.floats(nh * kDirectKeys * kDirectRows), f.alpha = a.floats(nh * VL);
+    f.k_scale = f.v_scale = nullptr;
+    if (p->a->kv_dtype) f.k_scale = a.floats(nh * kDirectKeys + VL), f.v_scale = a.floats(nh * kDirectKeys + VL);
     f.bytes = a.used;
     return f;
   }
 };
 
 // Row r of a kv head is query head r / q_len of its group and new token r % q_len.
-template <class M, class T, int R> void load_direct_rows(const DecodePlan* p, const DirectScratch& f, int64_t b, int64_t h0, int nh) {
+template <class M, class C, int R> void load_direct_rows(const DecodePlan* p, const DirectScratch& f, int64_t b, int64_t h0, int nh) {
   const AttlasDecode* a = p->a;
   int64_t group = a->heads / a->kv_heads;
   memset(f.q, 0, nh * R * f.ldq * 4), memset(f.o, 0, nh * R * f.ldo * 4), memset(f.l, 0, nh * VL * 4);
   memset(f.zeros, 0, round_up(a->dim > a->dim_v ? a->dim : a->dim_v, 64) * 4);
   for (int h = 0; h < nh; h++) {
-    for (int r = 0; r < p->rows; r++) {
-      const T* row = row_at<T>(a->q, a->sq, b, r % a->q_len, (h0 + h) * group + r / a->q_len);
-      pack_rows<M, T>(&row, 1, (int)a->dim, f.q + (h * R + r) * f.ldq, f.ldq);
-    }
+    for (int r = 0; r < p->rows; r++) pack_query<M, C>(a, b, r % a->q_len, (h0 + h) * group + r / a->q_len, f.q + (h * R + r) * f.ldq, f.ldq);
     for (int i = 0; i < VL; i++) {
       int r = lane_row<M, R>(i);
       f.m[h * VL + i] = -INFINITY, f.q_pos[i] = (float)(r % a->q_len);
@@ -251,14 +265,14 @@ template <class M, class T, int R> void load_direct_rows(const DecodePlan* p, co
   }
 }
 
-template <class M, int R> void write_direct_rows(const DecodePlan* p, const DirectScratch& f, int64_t b, int64_t h0, int nh, int64_t split, float c) {
+template <class M, class C, int R> void write_direct_rows(const DecodePlan* p, const DirectScratch& f, int64_t b, int64_t h0, int nh, int64_t split, float c) {
   const AttlasDecode* a = p->a;
   int64_t group = a->heads / a->kv_heads;
   for (int h = 0; h < nh; h++)
     for (int r = 0; r < p->rows; r++) {
       float* dst = partial_at(p, (b * a->q_len + r % a->q_len) * a->heads + (h0 + h) * group + r / a->q_len, split);
       const float* o = f.o + (h * R + r) * f.ldo;
-      for (int d = 0; d < p->dim_v_padded; d++) dst[d] = o[value_column(M(), d)];
+      for (int d = 0; d < p->dim_v_padded; d++) dst[d] = o[DirectValues<M, C, R>::column(d)];
       float sum = 0.0f, m = f.m[h * VL + r * M::PER];
       for (int i = 0; i < VL; i++)
         if (lane_row<M, R>(i) == r) sum += f.l[h * VL + i];
@@ -271,11 +285,17 @@ template <class T> INL void fetch_rows(const T* const* rows, int n, int64_t shif
     for (int64_t x = 0; x < dim * (int64_t)sizeof(T); x += 64) _mm_prefetch((const char*)(rows[i] + shift) + x, _MM_HINT_T1);
 }
 
-template <class M, class T, int R> void decode_direct_rows(const DecodePlan* p, int64_t b, int64_t split, int64_t h0, int nh, char* scratch) {
+INL void fetch_scales(const AttlasDecode* a, const float* base, const AttlasStride& s, int64_t b, int64_t k0, int n, int64_t h0) {
+  const float* rows[kDirectKeys];
+  gather_cache<float>(rows, a, base, s, b, k0, n, h0);
+  for (int i = 0; i < n; i++) _mm_prefetch((const char*)rows[i], _MM_HINT_T1);
+}
+
+template <class M, class C, int R> void decode_direct_rows(const DecodePlan* p, int64_t b, int64_t split, int64_t h0, int nh, char* scratch) {
   const AttlasDecode* a = p->a;
   Visible see = visible_of(a, b);
   DirectScratch f = DirectScratch::plan<M>(p, scratch);
-  load_direct_rows<M, T, R>(p, f, b, h0, nh);
+  load_direct_rows<M, C, R>(p, f, b, h0, nh);
   DirectMods md;
   md.alibi = a->alibi != nullptr, md.scale = (float)a->scale, md.softcap = (float)a->softcap;
   md.active = md.alibi || md.softcap > 0 || !(md.scale > 0);
@@ -289,18 +309,22 @@ template <class M, class T, int R> void decode_direct_rows(const DecodePlan* p, 
     range[0][1] = see.sinks < low ? see.sinks : low;
     if (range[0][1] > stop) range[0][1] = stop;
   }
-  constexpr int KG = VL / R, NS = kDirectKeys / KG, VALUES_AT_ONCE = 8;
+  constexpr int KG = VL / R, NS = kDirectKeys / KG, VALUES_AT_ONCE = Coded<C>::yes ? 32 : 8;
   float key_offset[VL], ones[VL];
   for (int i = 0; i < VL; i++) key_offset[i] = (float)lane_key<M, R>(i), ones[i] = 1.0f;
-  const T *k[kDirectKeys], *v[kDirectKeys], *next[kDirectKeys];
+  const C *k[kDirectKeys], *v[kDirectKeys], *next[kDirectKeys];
   for (int part = 0; part < 2; part++)
     for (int64_t k0 = range[part][0], end = range[part][1]; k0 < end; k0 += kDirectKeys) {
       int n = (int)(end - k0 < kDirectKeys ? end - k0 : kDirectKeys);
-      gather_cache<T>(k, a, a->k, a->sk, b, k0, n, h0);
-      gather_cache<T>(v, a, a->v, a->sv, b, k0, n, h0);
+      gather_cache<C>(k, a, a->k, a->sk, b, k0, n, h0);
+      gather_cache<C>(v, a, a->v, a->sv, b, k0, n, h0);
       int64_t after = end - k0 - n;  // a core has few outstanding misses, so fetching ahead is spread over the arithmetic: values of
       int ahead = (int)(after < kDirectKeys ? after : kDirectKeys);  // this chunk during the scores, the next keys during the values
-      gather_cache<T>(next, a, a->k, a->sk, b, k0 + n, ahead, h0);
+      gather_cache<C>(next, a, a->k, a->sk, b, k0 + n, ahead, h0);
+      if constexpr (Coded<C>::yes) {
+        gather_scales<C, kDirectKeys>(f.k_scale, a, a->k_scale, a->sks, b, k0, n, h0, nh), fetch_scales(a, a->k_scale, a->sks, b, k0 + n, ahead, h0);
+        gather_scales<C, kDirectKeys>(f.v_scale, a, a->v_scale, a->svs, b, k0, n, h0, nh), fetch_scales(a, a->v_scale, a->svs, b, k0 + n, ahead, h0);
+      }
       bool masked = (see.causal && k0 + n > see.high(0)) || (see.low(a->q_len - 1) > k0 && k0 + n > see.sinks);
       auto allow = [&](int r, int key) {
         int64_t t = r % a->q_len, x = k0 + key;
@@ -309,17 +333,17 @@ template <class M, class T, int R> void decode_direct_rows(const DecodePlan* p, 
       // Few keys at a time, all heads of each: rows are read to their end, in the order in which they lie in memory, which is what
       // the hardware prefetchers follow.
       for (int g = 0; g < NS; g++) {
-        const T* rows[KG];
+        const C* rows[KG];
         if (g * KG + KG <= n) {
           for (int h = 0; h < nh; h++) {
             fetch_rows(v + g * KG, KG, h * a->sv.head, a->dim_v);
-            direct_scores<M, T, R>(f.q + h * R * f.ldq, f.ldq, k + g * KG, h * a->sk.head, (int)a->dim, f.s + (h * NS + g) * VL);
+            direct_scores<M, C, R>(f.q + h * R * f.ldq, f.ldq, k + g * KG, h * a->sk.head, (int)a->dim, f.k_scale + h * kDirectKeys + g * KG, f.s + (h * NS + g) * VL);
           }
           continue;
         }
         for (int h = 0; h < nh; h++) {
-          for (int j = 0; j < KG; j++) rows[j] = g * KG + j < n ? k[g * KG + j] + h * a->sk.head : (const T*)f.zeros;
-          direct_scores<M, T, R>(f.q + h * R * f.ldq, f.ldq, rows, 0, (int)a->dim, f.s + (h * NS + g) * VL);
+          for (int j = 0; j < KG; j++) rows[j] = g * KG + j < n ? k[g * KG + j] + h * a->sk.head : (const C*)f.zeros;
+          direct_scores<M, C, R>(f.q + h * R * f.ldq, f.ldq, rows, 0, (int)a->dim, f.k_scale + h * kDirectKeys + g * KG, f.s + (h * NS + g) * VL);
         }
       }
       bool bad = false;
@@ -332,42 +356,42 @@ template <class M, class T, int R> void decode_direct_rows(const DecodePlan* p, 
             int key = i / VL * KG + lane_key<M, R>(i % VL);
             if (key >= n || (masked && !allow(lane_row<M, R>(i % VL), key))) S[i] = -INFINITY;
           }
-        if (masked) bad |= any_not_finite(v, h * a->sv.head, n, (int)a->dim_v);
-        direct_softmax<M, R>(st, S, md, f.alpha + h * VL);
+        if (masked && !Coded<C>::yes) bad |= any_not_finite(v, h * a->sv.head, n, (int)a->dim_v);
+        direct_softmax<M, C, R>(st, S, md, f.v_scale + h * kDirectKeys, f.alpha + h * VL);
       }
       if (__builtin_expect(bad, 0)) {
         for (int h = 0; h < nh; h++)
-          direct_values_carefully<M, T, R>(f.s + h * NS * VL, v, h * a->sv.head, n, (int)a->dim_v, f.o + h * R * f.ldo, f.ldo, f.alpha + h * VL, allow);
+          direct_values_carefully<M, C, R>(f.s + h * NS * VL, v, h * a->sv.head, n, (int)a->dim_v, f.o + h * R * f.ldo, f.ldo, f.alpha + h * VL, allow);
         continue;
       }
       for (int j = 0; j < n; j += VALUES_AT_ONCE)
         for (int h = 0; h < nh; h++) {
           int m = n - j < VALUES_AT_ONCE ? n - j : VALUES_AT_ONCE;
-          const T* const* rows = v + j;
-          const T* filled[VALUES_AT_ONCE];
+          const C* const* rows = v + j;
+          const C* filled[VALUES_AT_ONCE];
           int64_t shift = h * a->sv.head;
           if (j < ahead) fetch_rows(next + j, ahead - j < VALUES_AT_ONCE ? ahead - j : VALUES_AT_ONCE, h * a->sk.head, a->dim);
           if (m % M::PER) {  // bf16 values come in pairs
             for (int i = 0; i < m; i++) filled[i] = v[j + i] + shift;
-            filled[m++] = (const T*)f.zeros, rows = filled, shift = 0;
+            filled[m++] = (const C*)f.zeros, rows = filled, shift = 0;
           }
-          direct_values<T, R>(M(), f.s + h * NS * VL + j / M::PER * R, rows, shift, m, (int)a->dim_v, f.o + h * R * f.ldo, f.ldo, j ? ones : f.alpha + h * VL);
+          DirectValues<M, C, R>::run(f.s + h * NS * VL + j / M::PER * R, rows, shift, m, (int)a->dim_v, f.o + h * R * f.ldo, f.ldo, j ? ones : f.alpha + h * VL);
         }
     }
-  write_direct_rows<M, R>(p, f, b, h0, nh, split, md.c);
+  write_direct_rows<M, C, R>(p, f, b, h0, nh, split, md.c);
 }
 
-template <class M, class T> void decode_task(const DecodePlan* p, int64_t task, char* scratch) {
+template <class M, class C> void decode_task(const DecodePlan* p, int64_t task, char* scratch) {
   const AttlasDecode* a = p->a;
   int64_t hb = task % p->head_tasks, split = task / p->head_tasks % p->max_splits, b = task / p->head_tasks / p->max_splits;
   int64_t h0 = hb * p->heads_per_task;
   int nh = (int)(a->kv_heads - h0 < p->heads_per_task ? a->kv_heads - h0 : p->heads_per_task);
   if (split * a->split >= a->lengths[b]) return;  // the merge looks only at splits that exist
-  if (p->rows > kDirectRows) return decode_packed_rows<M, T>(p, b, split, h0, nh, scratch);
-  if (p->rows > 4) return decode_direct_rows<M, T, 8>(p, b, split, h0, nh, scratch);
-  if (p->rows > 2) return decode_direct_rows<M, T, 4>(p, b, split, h0, nh, scratch);
-  if (p->rows > 1) return decode_direct_rows<M, T, 2>(p, b, split, h0, nh, scratch);
-  decode_direct_rows<M, T, 1>(p, b, split, h0, nh, scratch);
+  if (p->rows > kDirectRows) return decode_packed_rows<M, C>(p, b, split, h0, nh, scratch);
+  if (p->rows > 4) return decode_direct_rows<M, C, 8>(p, b, split, h0, nh, scratch);
+  if (p->rows > 2) return decode_direct_rows<M, C, 4>(p, b, split, h0, nh, scratch);
+  if (p->rows > 1) return decode_direct_rows<M, C, 2>(p, b, split, h0, nh, scratch);
+  decode_direct_rows<M, C, 1>(p, b, split, h0, nh, scratch);
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ bool sizes_fit(const AttlasAttention* a) {
 
 extern "C" {
 
-int attlas_cpu_abi(void) { return 2; }
+int attlas_cpu_abi(void) { return 3; }
 
 void attlas_cpu_use_openmp(void* gomp_parallel) { attlas::use_openmp(gomp_parallel); }
 

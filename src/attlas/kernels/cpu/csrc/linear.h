@@ -1,6 +1,7 @@
 // The dense steps of a layer for one instruction set. DENSE_TABLE names the table.
 #include "gemm.h"
 #include "linear_api.h"
+#include "codes.h"
 
 namespace {
 #ifdef __AVX512BF16__
@@ -213,12 +214,23 @@ template <class T> void turn(T* dst, const T* src, int64_t turned, int64_t inter
   }
 }
 
+template <class C, class T> void put_row(const AttlasRotate* a, const T* x, void* codes, float* scales, int64_t slot, float top) {
+  for (int64_t h = 0; h < a->kv_heads; h++) put_codes((C*)codes + (slot * a->kv_heads + h) * a->dim, scales + slot * a->kv_heads + h, x + h * a->dim, a->dim, top);
+}
+template <class C, class T> void put_both(const AttlasRotate* a, T* k, int64_t row, float top, const float* cos, const float* sin) {
+  for (int64_t h = 0; h < a->kv_heads; h++) turn(k + h * a->dim, k + h * a->dim, a->turned, a->interleaved, cos, sin);
+  put_row<C>(a, k, a->k, a->k_scale, a->slots[row], top);
+  put_row<C>(a, k + a->kv_heads * a->dim, a->v, a->v_scale, a->slots[row], top);
+}
+
 template <class M, class T> void rotate_of(const AttlasRotate* a, int64_t row, char*) {
   T* q = (T*)a->x + row * (a->heads + 2 * a->kv_heads) * a->dim;
-  const T *k = q + a->heads * a->dim, *v = k + a->kv_heads * a->dim;
+  T *k = q + a->heads * a->dim, *v = k + a->kv_heads * a->dim;
   T *to_k = (T*)a->k + a->slots[row] * a->kv_heads * a->dim, *to_v = (T*)a->v + a->slots[row] * a->kv_heads * a->dim;
   const float *cos = a->cos + row * a->turned / 2, *sin = a->sin + row * a->turned / 2;
   for (int64_t h = 0; h < a->heads; h++) turn(q + h * a->dim, q + h * a->dim, a->turned, a->interleaved, cos, sin);
+  if (a->kv_dtype == ATTLAS_I8) return put_both<i8>(a, k, row, 127.0f, cos, sin);
+  if (a->kv_dtype == ATTLAS_E4M3) return put_both<e4m3>(a, k, row, 448.0f, cos, sin);
   memcpy(to_k, k, a->kv_heads * a->dim * sizeof(T));
   memcpy(to_v, v, a->kv_heads * a->dim * sizeof(T));
   for (int64_t h = 0; h < a->kv_heads; h++) turn(to_k + h * a->dim, k + h * a->dim, a->turned, a->interleaved, cos, sin);

@@ -40,12 +40,15 @@ typedef struct {
 
 // x [rows, (heads + 2 kv_heads) dim] = q, k, v of each token. Turns q in place and k (the first `turned` channels of each head), and writes k
 // and v to slots[row] of the cache [slots, kv_heads, dim]. cos, sin [rows, turned / 2] fp32; turned = 0: no rotation.
+// kv_dtype ATTLAS_I8 or ATTLAS_E4M3: the cache holds 8-bit numbers and scales [slots, kv_heads]; k is turned in place, too.
 typedef struct {
   int64_t dtype, rows, heads, kv_heads, dim, turned, interleaved, threads, isa;
   void* x;
   const float *cos, *sin;
   void *k, *v;
   const int64_t* slots;
+  int64_t kv_dtype;
+  float *k_scale, *v_scale;
 } AttlasRotate;
 
 // One step of a program: the function and its arguments.

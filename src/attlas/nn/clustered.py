@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attlas.errors import OptionError, UnsupportedError
+from attlas.nn.derived import register_derived
 from attlas.nn.lowrank import LowRankMixer
 from attlas.numerics import widened
 from attlas.ops.cluster import clustered_attention, sign_bits
 from attlas.reference import content as truth
+
+
+def _planes(bits: int, head_dim: int, hash_bias: bool, seed: int) -> Tensor:
+    drawn = torch.randn(bits, head_dim + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn[:, -1] *= hash_bias
+    return drawn
 
 
 class Clustered(LowRankMixer):
@@ -45,10 +53,8 @@ class Clustered(LowRankMixer):
         if clusters < 1 or bits < 1 or iterations < 0 or (topk is not None and topk < 1):
             raise OptionError(f"{call}: clusters, bits and topk must be at least 1, iterations at least 0")
         self.clusters, self.topk, self.iterations = clusters, topk, iterations
-        drawn = torch.randn(bits, self.head_dim + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        drawn[:, -1] *= hash_bias
         self.planes: Tensor
-        self.register_buffer("planes", drawn.to(torch.get_default_dtype()), persistent=False)
+        register_derived(self, "planes", partial(_planes, bits, self.head_dim, hash_bias, seed))
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         bits = sign_bits(q, self.planes)

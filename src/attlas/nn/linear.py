@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from attlas.errors import OptionError
 from attlas.nn.attention import check_heads
 from attlas.nn.recurrent import RecurrentMixer, Rows, States, scan_flops
-from attlas.numerics import wide_dtype
+from attlas.numerics import full_precision, wide_dtype
 
 LARGEST_FEATURE = 40.0  # log of the largest key feature: a sum of a million of them stays inside fp32
 
@@ -129,7 +129,8 @@ class Performer(LinearTransformer):
         wide = wide_dtype(x.dtype)
         x = x.to(wide) * self.head_dim**-0.25
         w = self.projection.to(wide)
-        angle, half_norm = x @ w.T, x.square().sum(-1, keepdim=True) / 2
+        with full_precision(x):  # what follows takes the exponential of it
+            angle, half_norm = x @ w.T, x.square().sum(-1, keepdim=True) / 2
         if self.features_kind == "trigonometric":
             # exp(+|x|^2 / 2) of a query cancels in the division
             size = torch.ones_like(half_norm) if query else half_norm.clamp(max=LARGEST_FEATURE).exp()

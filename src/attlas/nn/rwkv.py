@@ -232,7 +232,7 @@ class Rwkv7(_MatrixRwkv):
         rate = torch.sigmoid(self.rate + xa @ self.rate_down @ self.rate_up)
         k = self.k_proj(xk)
         erased = rows.mask(F.normalize(self._heads(k * self.k_k), dim=-1, eps=1e-12))
-        k = rows.mask(k * (1 + (rate - 1) * self.k_a))
+        k = rows.mask((k * (1 + (rate - 1) * self.k_a)).to(k.dtype))
         r, k, v = self._heads(self.r_proj(xr)), self._heads(k), self._heads(self.v_proj(xv))
         out, state = self.recur(
             r,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -65,6 +66,39 @@ def dtypes(s: Subject) -> None:
         assert got["output"].dtype == dtype, f"{s.name}: {dtype} in, {got['output'].dtype} out"
         for what in truth:
             assert_budget(got[what], naive[what], truth[what], f"{s.name}, {dtype}: {what}")
+
+
+def autocast(s: Subject) -> None:
+    """Under torch.autocast an fp32 mixer trains, and decodes if it can: its output and the gradient of x are off from those in
+    fp32 by at most 5 and 10 % of their norm or, where a choice hangs on the last bits, as of a hash, twice what all in bf16
+    is."""
+    for label, made in s.faces().items():
+        mixer, half = made.float(), copy.deepcopy(made).bfloat16()
+        x, memory = randn(BATCH, SHORT, s.dim, dtype=torch.float32), s.memory(mixer, BATCH, dtype=torch.float32)
+        want = _gradients(mixer, x, memory)
+        rough = _gradients(half, x.bfloat16(), {k: v.bfloat16() for k, v in memory.items()})
+        with torch.autocast("cpu", torch.bfloat16):
+            got = _gradients(mixer, x, memory)
+            decodes = "decode" in s.claims and label == ("decode" if "decode" in s.options_for else "example")
+            decoded = {"output": _decoded(mixer, x, memory)} if decodes else got
+        for what, found, bound in (("output", got, 0.05), ("output", decoded, 0.05), ("gradient of x", got, 0.1)):
+            error = _distance(found[what], want[what])
+            assert error <= max(bound, 2 * _distance(rough[what], want[what])), (
+                f"{s.name} ({label}) under autocast: the {what} is off by {error:.3f} of its norm"
+            )
+
+
+def _distance(found: Tensor, want: Tensor) -> float:
+    return float((found.float() - want).norm() / want.norm())
+
+
+def _decoded(mixer: Any, x: Tensor, memory: dict[str, Tensor]) -> Tensor:
+    """The outputs of x through a cache: all but the last three tokens, and those one by one."""
+    cache, first = mixer.new_cache(rows=len(x)), x.shape[1] - 3
+    with torch.no_grad():
+        steps = [mixer(x[:, :first], cache=cache, **memory)]
+        steps += [mixer(x[:, t : t + 1], cache=cache, **memory) for t in range(first, x.shape[1])]
+    return torch.cat(steps, 1)
 
 
 def degenerate(s: Subject) -> None:

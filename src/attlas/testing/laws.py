@@ -28,6 +28,7 @@ LAWS: Mapping[str, Law] = MappingProxyType(
         "reference": Law(law_values.reference),
         "gradcheck": Law(law_values.gradcheck, "backward"),
         "dtypes": Law(law_values.dtypes),
+        "autocast": Law(law_values.autocast, "backward"),
         "degenerate": Law(law_values.degenerate, "degenerate"),
         "noncontiguous": Law(law_values.noncontiguous),
         "compile": Law(law_values.compiles, "compile"),

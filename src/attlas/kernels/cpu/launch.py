@@ -83,6 +83,14 @@ def _attention_args(
     return a
 
 
+def _workspace(name: str, args: ctypes.Structure) -> int:
+    """Numbers of working memory that a call needs."""
+    library = load()
+    if library is None:
+        raise UnsupportedError(f"the CPU core cannot run: {status()}")
+    return int(getattr(library, f"attlas_cpu_{name}_workspace")(ctypes.byref(args)))
+
+
 def _run(name: str, args: ctypes.Structure) -> None:
     library = load()
     if library is None:
@@ -148,13 +156,14 @@ def backward(
     a = _attention_args(q, k, v, blocks, mods, scale, isa)
     lanes = max(1, min(-(-_TARGET_TASKS // max(1, a.batch * a.kv_heads)), -(-a.k_len // a.block_k)))
     dq, dk, dv = (large_pages(x.new_empty(x.shape)) for x in (q, k, v))
-    alone = lanes == 1 and dq.dtype == torch.float32  # then dq itself is where it is summed
-    sums = (dq if alone else large_pages(torch.empty(lanes, *q.shape, dtype=torch.float32))).zero_()
     delta = torch.empty(q.shape[:3], dtype=torch.float32)
     dbias = torch.zeros(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=torch.float32) if want_bias else None
     a.out, a.so, a.lse, a.dout, a.sdo = out.data_ptr(), _stride(out), lse.data_ptr(), dout.data_ptr(), _stride(dout)
-    a.dlse, a.delta, a.dq_lanes, a.lanes = _pointer(dlse), delta.data_ptr(), sums.data_ptr(), lanes
+    a.dlse, a.delta, a.lanes = _pointer(dlse), delta.data_ptr(), lanes
     a.dq, a.dk, a.dv, a.dbias = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _pointer(dbias)
+    alone = lanes == 1 and dq.dtype == torch.float32  # then dq itself is where it is summed
+    sums = dq if alone else large_pages(torch.empty(_workspace("backward", a), dtype=torch.float32))
+    a.dq_lanes = sums.data_ptr()
     _run("attention_backward", a)
     return Gradients(dq, dk, dv, dbias, delta)
 
@@ -223,10 +232,7 @@ def decode(
     a.sq, a.sk, a.sv, a.so = _stride(q), _stride(k), _stride(v), _stride(out)
     a.causal, a.window_left, a.num_sinks = int(visible.causal), -1 if visible.left is None else visible.left, visible.sinks
     a.alibi, a.sink = _pointer(alibi), _pointer(sink)
-    library = load()
-    if library is None:
-        raise UnsupportedError(f"the CPU core cannot run: {status()}")
-    workspace = torch.empty(library.attlas_cpu_decode_workspace(ctypes.byref(a)), dtype=torch.float32)
+    workspace = torch.empty(_workspace("decode", a), dtype=torch.float32)
     a.partial = workspace.data_ptr()
     _run("decode", a)
     return out, lse

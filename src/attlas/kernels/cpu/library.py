@@ -9,7 +9,7 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_voi
 from functools import lru_cache
 from pathlib import Path
 
-ABI = 3
+ABI = 4
 MAX_BLOCK, MAX_DIM, MAX_MODS = 256, 1024, 4
 ISA = {"auto": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
@@ -104,11 +104,12 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         lib.attlas_cpu_isa.restype = c_char_p
         if lib.attlas_cpu_abi() != ABI:
             return None, f"{path.name} has interface {lib.attlas_cpu_abi()}, this attlas needs {ABI}: reinstall attlas"
-        lib.attlas_cpu_decode_workspace.restype = c_int64
         for name, struct in (("attention_forward", AttentionArgs), ("attention_backward", AttentionArgs), ("decode", DecodeArgs)):
             function = getattr(lib, f"attlas_cpu_{name}")
             function.restype, function.argtypes = c_int, [POINTER(struct)]
-        lib.attlas_cpu_decode_workspace.argtypes = [POINTER(DecodeArgs)]
+        for name, struct in (("backward", AttentionArgs), ("decode", DecodeArgs)):
+            function = getattr(lib, f"attlas_cpu_{name}_workspace")
+            function.restype, function.argtypes = c_int64, [POINTER(struct)]
         lib.attlas_cpu_use_openmp.argtypes, lib.attlas_cpu_use_openmp.restype = [c_void_p], None
         lib.attlas_cpu_use_openmp(_gomp_parallel())
         if lib.attlas_cpu_isa() == b"none":

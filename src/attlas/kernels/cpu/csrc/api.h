@@ -45,8 +45,8 @@ typedef struct {
   AttlasStride sdo;
   const float* dlse;  // [B, Tq, H] or NULL
   float* delta;       // [B, Tq, H] scratch: rowsum(dout * out) - dlse
-  float* dq_lanes;    // [lanes, B, Tq, H, D] zero-filled
-  int64_t lanes;
+  float* dq_lanes;    // workspace: attlas_cpu_backward_workspace floats; with 1 lane and fp32, dq itself will do
+  int64_t lanes;      // 1 ... 64
   void *dq, *dk, *dv;  // contiguous [B, T, H, D]
   float* dbias;        // [B, H, Tq, Tk] zero-filled or NULL
 } AttlasAttention;
@@ -78,6 +78,7 @@ int attlas_cpu_abi(void);
 void attlas_cpu_use_openmp(void* gomp_parallel);
 const char* attlas_cpu_isa(void);               // best instruction set of this machine: "avx512_bf16", "avx512", "avx2" or "none"
 int attlas_cpu_attention_forward(const AttlasAttention*);
+int64_t attlas_cpu_backward_workspace(const AttlasAttention*);
 int attlas_cpu_attention_backward(const AttlasAttention*);
 int64_t attlas_cpu_decode_workspace(const AttlasDecode*);
 int attlas_cpu_decode(const AttlasDecode*);

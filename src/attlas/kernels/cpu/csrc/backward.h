@@ -1,13 +1,14 @@
 // Backward attention over the transposed BlockMap, recomputing the probabilities from the log-sum-exp:
 //   P = exp(S - lse)   dV += P^T dO   dP = dO V^T   dS = P * (dP - delta)   dQ += dS K   dK += dS^T Q,   delta = rowsum(dO * O) - dlse
 // A task owns one kv head and every `lanes`-th chunk of key blocks, so dK and dV have one writer; dQ is summed per lane in a fixed order and
-// the lanes are added in order at the end: the result does not depend on the number of threads.
+// the lanes are added in order at the end: the result does not depend on the number of threads. A lane has memory for the query blocks alone
+// that its chunks touch; the first chunk that touches one writes, later ones add.
 #pragma once
 #include "forward.h"
 
 namespace {
 
-constexpr int kMaxChunk = 4;
+constexpr int kMaxChunk = 4, kMaxLanes = 64;
 
 struct BackwardScratch {
   struct KeyUnit {
@@ -249,8 +250,23 @@ template <class M, class T> void load_queries(const AttlasAttention* a, const Ba
   memset(f.dq, 0, (bq + MR) * f.ldk * 4);
 }
 
+// The rows of head h of a query block where a lane sums dq: the first one, nullptr = the lane does not touch the block. A lane that is alone
+// may sum in dq itself.
+struct LaneRows {
+  float* data;
+  int64_t stride;
+  bool first;  // `chunk` is the first that comes there
+};
+INL LaneRows lane_rows(const BackwardPlan* p, int64_t b, int64_t h, int64_t lane, int64_t qb, int64_t chunk) {
+  const AttlasAttention* a = p->a;
+  int64_t i = (map_row(a, b, h, 1, 0) * a->lanes + lane) * p->num_q_blocks + qb;
+  if (p->piece[i] < 0) return {nullptr, 0, false};
+  if (a->dq_lanes == a->dq) return {a->dq_lanes + ((b * a->q_len + qb * a->block_q) * a->heads + h) * a->dim, a->heads * a->dim, p->first_chunk[i] == chunk};
+  return {a->dq_lanes + (p->pieces[b * a->heads + h] + p->piece[i]) * a->dim, a->dim, p->first_chunk[i] == chunk};
+}
+
 template <class M, class T>
-void backward_chunk(const BackwardPlan* p, BackwardScratch& f, int64_t b, int64_t kvh, int64_t kb0, int nu, float* dq_lane) {
+void backward_chunk(const BackwardPlan* p, BackwardScratch& f, int64_t b, int64_t kvh, int64_t kb0, int nu, int64_t lane) {
   const AttlasAttention* a = p->a;
   int64_t group = a->heads / a->kv_heads;
   for (int u = 0; u < nu; u++) load_key_unit<M, T>(a, f, &f.unit[u], b, kvh, kb0 + u);
@@ -284,13 +300,14 @@ void backward_chunk(const BackwardPlan* p, BackwardScratch& f, int64_t b, int64_
         at[u]++;
         backward_pair<M>(a, f, f.unit[u], w, md, id < 0 ? nullptr : a->tiles + id * a->block_q * (a->block_k / 8));
       }
-      for (int r = 0; r < w.nq; r++) {
-        float* dst = dq_lane + ((b * a->q_len + w.q0 + r) * a->heads + h) * a->dim;
+      LaneRows to = lane_rows(p, b, h, lane, qb, kb0 / p->blocks_per_chunk);
+      for (int r = 0; r < w.nq; r++)
         for (int d = 0; d < a->dim; d += VL) {
+          float* dst = to.data + r * to.stride + d;
           int left = (int)a->dim - d;
-          store_from_f32(dst + d, add(load_as_f32(dst + d, left), load(f.dq + r * f.ldk + d)), left);
+          V found = load(f.dq + r * f.ldk + d);
+          store_from_f32(dst, to.first ? found : add(load_as_f32(dst, left), found), left);
         }
-      }
     }
   }
   V scale = set1((float)a->scale);
@@ -307,23 +324,33 @@ template <class M, class T> void backward_task(const BackwardPlan* p, int64_t ta
   BackwardScratch f = BackwardScratch::plan<M>(a, p->blocks_per_chunk, scratch);
   memset(f.zeros, 0, round_up(a->dim > a->dim_v ? a->dim : a->dim_v, 64) * 4);
   int64_t lane = task % a->lanes, bkv = task / a->lanes, b = bkv / a->kv_heads, kvh = bkv % a->kv_heads;
-  float* dq_lane = a->dq_lanes + lane * a->batch * a->q_len * a->heads * a->dim;
   for (int64_t kb = lane * p->blocks_per_chunk; kb < p->num_k_blocks; kb += a->lanes * p->blocks_per_chunk) {
     int64_t left = p->num_k_blocks - kb;
-    backward_chunk<M, T>(p, f, b, kvh, kb, (int)(left < p->blocks_per_chunk ? left : p->blocks_per_chunk), dq_lane);
+    backward_chunk<M, T>(p, f, b, kvh, kb, (int)(left < p->blocks_per_chunk ? left : p->blocks_per_chunk), lane);
   }
 }
 
 // dq = scale * sum of the lanes
 template <class T> void reduce_task(const BackwardPlan* p, int64_t task) {
   const AttlasAttention* a = p->a;
-  int64_t b = task / p->num_q_blocks, q0 = task % p->num_q_blocks * a->block_q, q1 = q0 + a->block_q < a->q_len ? q0 + a->block_q : a->q_len;
-  int64_t lane = a->batch * a->q_len * a->heads * a->dim, i0 = (b * a->q_len + q0) * a->heads * a->dim, i1 = (b * a->q_len + q1) * a->heads * a->dim;
-  for (int64_t i = i0; i < i1; i += VL) {
-    int left = i1 - i < VL ? (int)(i1 - i) : VL;
-    V sum = load_as_f32(a->dq_lanes + i, left);
-    for (int64_t l = 1; l < a->lanes; l++) sum = add(sum, load_as_f32(a->dq_lanes + l * lane + i, left));
-    store_from_f32((T*)a->dq + i, mul(sum, set1((float)a->scale)), left);
+  int64_t b = task / p->num_q_blocks, qb = task % p->num_q_blocks, q0 = qb * a->block_q, nq = imin((int)a->block_q, (int)(a->q_len - q0));
+  V scale = set1((float)a->scale);
+  for (int64_t h = 0; h < a->heads; h++) {
+    LaneRows from[kMaxLanes];
+    int parts = 0;
+    for (int64_t l = 0; l < a->lanes; l++) {
+      from[parts] = lane_rows(p, b, h, l, qb, 0);
+      parts += from[parts].data != nullptr;
+    }
+    for (int64_t r = 0; r < nq; r++) {
+      T* dst = (T*)a->dq + ((b * a->q_len + q0 + r) * a->heads + h) * a->dim;
+      for (int d = 0; d < a->dim; d += VL) {
+        int left = (int)a->dim - d;
+        V sum = zero();
+        for (int i = 0; i < parts; i++) sum = add(sum, load_as_f32(from[i].data + r * from[i].stride + d, left));
+        store_from_f32(dst + d, mul(sum, scale), left);
+      }
+    }
   }
 }
 

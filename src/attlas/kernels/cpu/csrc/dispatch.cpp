@@ -1,6 +1,7 @@
 // The exported functions: choose the instruction set, cut the work into tasks, run them.
 #include <cpuid.h>
 
+#include <vector>
 #include "kernels.h"
 #include "pool.h"
 
@@ -46,6 +47,9 @@ void forward_step(const void* c, int64_t task, char* scratch) {
 struct BackwardJob {
   BackwardPlan plan;
   const KernelTable* t;
+  std::vector<int64_t> piece, pieces;
+  std::vector<int32_t> first_chunk;
+  int64_t rows;  // of all pieces
 };
 void delta_step(const void* c, int64_t task, char*) {
   auto* j = static_cast<const BackwardJob*>(c);
@@ -90,6 +94,38 @@ DecodePlan decode_plan(const AttlasDecode* a) {
   return p;
 }
 
+// The shapes of backward, and where each lane keeps its part of dq. False: out of memory.
+bool plan_backward(const AttlasAttention* a, BackwardJob* j) try {
+  BackwardPlan& p = j->plan;
+  p.a = a;
+  p.num_q_blocks = ceil_div(a->q_len, a->block_q), p.num_k_blocks = ceil_div(a->k_len, a->block_k);
+  p.blocks_per_chunk = clamp(500000 / (a->block_k * (3 * a->dim + 2 * a->dim_v) * 4), 1, 4);
+  p.num_tasks = a->batch * a->kv_heads * a->lanes;
+  int64_t nq = p.num_q_blocks, maps = a->map_batch * a->map_heads;
+  j->piece.assign(maps * a->lanes * nq, -1), j->first_chunk.resize(maps * a->lanes * nq);
+  std::vector<int64_t> held(maps, 0);
+  for (int64_t m = 0; m < maps; m++)
+    for (int64_t kb = 0; kb < p.num_k_blocks; kb++) {
+      int64_t chunk = kb / p.blocks_per_chunk, lane = (m * a->lanes + chunk % a->lanes) * nq, row = m * p.num_k_blocks + kb;
+      for (int64_t i = a->row_ptr ? a->col_ptr[row] : 0; i < (a->row_ptr ? a->col_ptr[row + 1] : nq); i++) {
+        int64_t qb = a->row_ptr ? a->rows[i] : i, left = a->q_len - qb * a->block_q;
+        if (j->piece[lane + qb] >= 0) continue;
+        j->piece[lane + qb] = held[m], j->first_chunk[lane + qb] = static_cast<int32_t>(chunk);
+        held[m] += left < a->block_q ? left : a->block_q;
+      }
+    }
+  j->rows = 0;
+  for (int64_t b = 0; b < a->batch; b++)
+    for (int64_t h = 0; h < a->heads; h++) {
+      j->pieces.push_back(j->rows);
+      j->rows += held[(a->map_batch == 1 ? 0 : b) * a->map_heads + (a->map_heads == 1 ? 0 : h)];
+    }
+  p.piece = j->piece.data(), p.pieces = j->pieces.data(), p.first_chunk = j->first_chunk.data();
+  return true;
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
 bool sizes_fit(const AttlasAttention* a) {
   return a->block_q >= 1 && a->block_q <= ATTLAS_MAX_BLOCK && a->block_k >= 32 && a->block_k <= ATTLAS_MAX_BLOCK && a->block_k % 32 == 0 && a->dim >= 1 &&
          a->dim <= ATTLAS_MAX_DIM && a->dim_v >= 1 && a->dim_v <= ATTLAS_MAX_DIM && a->kv_heads >= 1 && a->heads % a->kv_heads == 0;
@@ -99,7 +135,7 @@ bool sizes_fit(const AttlasAttention* a) {
 
 extern "C" {
 
-int attlas_cpu_abi(void) { return 3; }
+int attlas_cpu_abi(void) { return 4; }
 
 void attlas_cpu_use_openmp(void* gomp_parallel) { attlas::use_openmp(gomp_parallel); }
 
@@ -128,15 +164,18 @@ int attlas_cpu_attention_forward(const AttlasAttention* a) {
   return attlas::parallel_for(j.plan.num_tasks, a->threads, t->forward_scratch(&j.plan), forward_step, &j) ? 0 : 2;
 }
 
+int64_t attlas_cpu_backward_workspace(const AttlasAttention* a) {
+  BackwardJob j;
+  return sizes_fit(a) && a->lanes >= 1 && a->lanes <= 64 && plan_backward(a, &j) ? j.rows * a->dim : 0;
+}
+
 int attlas_cpu_attention_backward(const AttlasAttention* a) {
   const KernelTable* t = table(a->isa);
   if (!t) return 1;
-  if (!sizes_fit(a) || a->lanes < 1) return 3;
+  if (!sizes_fit(a) || a->lanes < 1 || a->lanes > 64) return 3;
   BackwardJob j;
-  j.t = t, j.plan.a = a;
-  j.plan.num_q_blocks = ceil_div(a->q_len, a->block_q), j.plan.num_k_blocks = ceil_div(a->k_len, a->block_k);
-  j.plan.blocks_per_chunk = clamp(500000 / (a->block_k * (3 * a->dim + 2 * a->dim_v) * 4), 1, 4);
-  j.plan.num_tasks = a->batch * a->kv_heads * a->lanes;
+  j.t = t;
+  if (!plan_backward(a, &j)) return 2;
   int64_t rows = a->batch * j.plan.num_q_blocks;
   if (!attlas::parallel_for(rows, a->threads, 0, delta_step, &j)) return 2;
   if (!attlas::parallel_for(j.plan.num_tasks, a->threads, t->backward_scratch(&j.plan), backward_step, &j)) return 2;

@@ -10,6 +10,10 @@ struct ForwardPlan {
 struct BackwardPlan {
   const AttlasAttention* a;
   int64_t num_q_blocks, num_k_blocks, blocks_per_chunk, num_tasks;
+  // Which query blocks a lane adds to, [map rows, lanes, num_q_blocks]: the row of its piece of dq among those of one head (-1: none), and
+  // the chunk that comes there first. pieces [batch * heads]: first row of those of a head.
+  const int64_t *piece, *pieces;
+  const int32_t* first_chunk;
 };
 struct DecodePlan {
   const AttlasDecode* a;

@@ -160,16 +160,15 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _growth(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"{'mechanism':22} {'forward':>16} {'training':>16} {'longest':>9} {'forward':>10} {'training':>10} {'first time':>11}"
-    ]
+    grows, takes = f"{'forward ~ n^':>16} {'training ~ n^':>16}", f"{'forward in':>10} {'training in':>11} {'first time':>11}"
+    lines = [f"{'mechanism':22} {grows} {'longest':>9} {takes}"]
     for row in rows:
         exponents = [_exponent(row, what) for what in ("forward", "training")]
         times = [units.seconds(row[what]["seconds"][-1]["median"]) for what in ("forward", "training")]
         once = "+ " + units.seconds(row["first_seconds"])
         longest = f"{row['lengths'][-1]:,}"
         lines.append(
-            f"{row['name']:22} {exponents[0]:>16} {exponents[1]:>16} {longest:>9} {times[0]:>10} {times[1]:>10} {once:>11}"
+            f"{row['name']:22} {exponents[0]:>16} {exponents[1]:>16} {longest:>9} {times[0]:>10} {times[1]:>11} {once:>11}"
         )
     bars = f"bar {BAR} ({STEEPER} where n^1.5 is claimed)"
     return [*lines, f"exponents of time over length, {bars}; first time: what the first call of a length takes more"]

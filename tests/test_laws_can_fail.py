@@ -209,10 +209,19 @@ def subject(kind: type[Attention], **options: Any) -> Subject:
     return Subject("broken", factory, EXAMPLE, claims, reference=truth, degenerate=({}, plain, {}))
 
 
+class EightBitsUnderAutocast(Attention):
+    """Rounds what it read to 8 bits where torch.autocast is on."""
+
+    def mix(self, x: Tensor, **options: Any) -> Tensor:
+        y = super().mix(x, **options)
+        return y.to(torch.float8_e5m2).to(y.dtype) if torch.is_autocast_enabled("cpu") else y
+
+
 BROKEN: list[tuple[str, type[Attention], dict[str, Any]]] = [
     ("reference", Attention, {"attend": inaccurate}),
     ("gradcheck", WrongGradient, {}),
     ("dtypes", Upcasting, {}),
+    ("autocast", EightBitsUnderAutocast, {}),
     ("degenerate", AlmostFull, {}),
     ("noncontiguous", RawStorage, {}),
     ("compile", DataDependent, {"attend": traceable}),
